@@ -1,0 +1,378 @@
+//! The conformance suite, tested: a service in memory passes it, and one with any of a number of
+//! flaws does not.
+
+use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use async_trait::async_trait;
+use futures_util::FutureExt;
+use tenure_lease::conformance::{self, Service};
+use tenure_lease::{Lease, LeaseError, Leaser, PrimaryInfo};
+use tokio::sync::watch;
+
+const TTL: Duration = Duration::from_secs(1);
+
+/// What is wrong with a service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Flaw {
+    None,
+    TwoHolders,
+    EpochStandsStill,
+    ValidFromTheAnswer,
+    RenewalMovesNothing,
+    NeverExpires,
+    ExpiresEarly,
+    RenewsTheDead,
+    WatcherSleeps,
+    WatcherSpins,
+    WatcherMissesWhatWasBefore,
+    HandoffLeavesAGap,
+    HandoffKeepsTheOldName,
+    TakesOverAnything,
+    OldHolderReleasesTheNew,
+    ClusterIdIsOverwritten,
+    OutageIsFatal,
+    OutageHangs,
+}
+
+#[derive(Default)]
+struct Key {
+    holder: Option<(String, PrimaryInfo, Instant)>,
+    epoch: u64,
+    cluster_id: Option<String>,
+    leases: u64,
+    /// Counts the changes of the holder.
+    changes: watch::Sender<u64>,
+}
+
+struct Memory {
+    flaw: Flaw,
+    keys: Mutex<HashMap<String, Key>>,
+    up: AtomicBool,
+}
+
+impl Memory {
+    fn new(flaw: Flaw) -> Arc<Self> {
+        Arc::new(Self {
+            flaw,
+            keys: Mutex::default(),
+            up: AtomicBool::new(true),
+        })
+    }
+}
+
+struct Shared(Arc<Memory>);
+
+#[async_trait]
+impl Service for Shared {
+    async fn leaser(&self, cluster: &str, hostname: &str) -> Box<dyn Leaser> {
+        Box::new(Node {
+            memory: self.0.clone(),
+            key: cluster.to_owned(),
+            info: PrimaryInfo {
+                hostname: hostname.to_owned(),
+                advertise_url: format!("http://{hostname}:20202"),
+            },
+            seen: Arc::new(Mutex::new(0)),
+        })
+    }
+
+    fn expires_within(&self) -> Duration {
+        TTL * 2
+    }
+
+    fn call_timeout(&self) -> Duration {
+        Duration::from_millis(300)
+    }
+
+    async fn stop(&self) {
+        self.0.up.store(false, Ordering::SeqCst);
+    }
+
+    async fn start(&self) {
+        self.0.up.store(true, Ordering::SeqCst);
+    }
+}
+
+#[derive(Clone)]
+struct Node {
+    memory: Arc<Memory>,
+    key: String,
+    info: PrimaryInfo,
+    /// The change up to which this node knows the primary.
+    seen: Arc<Mutex<u64>>,
+}
+
+impl Node {
+    fn flaw(&self) -> Flaw {
+        self.memory.flaw
+    }
+
+    /// A request's way to the service and back.
+    async fn reach(&self) -> Result<(), LeaseError> {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        if self.memory.up.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        match self.flaw() {
+            Flaw::OutageIsFatal => Err(LeaseError::fatal("asking", "down")),
+            Flaw::OutageHangs => std::future::pending().await,
+            _ => Err(LeaseError::transient("asking", "down")),
+        }
+    }
+
+    fn with_key<T>(&self, f: impl FnOnce(&mut Key) -> T) -> T {
+        let mut keys = self.memory.keys.lock().unwrap();
+        let key = keys.entry(self.key.clone()).or_default();
+        let lives = |until: Instant| match self.flaw() {
+            Flaw::NeverExpires => true,
+            Flaw::ExpiresEarly => Instant::now() + TTL / 4 < until,
+            _ => Instant::now() < until,
+        };
+        key.holder.take_if(|(_, _, until)| !lives(*until));
+        f(key)
+    }
+
+    fn lease(&self, id: String, epoch: u64, sent: Instant) -> Box<dyn Lease> {
+        self.with_key(|key| key.changes.send_modify(|n| *n += 1));
+        Box::new(Held {
+            node: self.clone(),
+            id,
+            epoch,
+            renewed: Mutex::new(sent),
+        })
+    }
+}
+
+#[async_trait]
+impl Leaser for Node {
+    fn kind(&self) -> &'static str {
+        "memory"
+    }
+
+    fn hostname(&self) -> &str {
+        &self.info.hostname
+    }
+
+    fn advertise_url(&self) -> &str {
+        &self.info.advertise_url
+    }
+
+    async fn acquire(&self) -> Result<Box<dyn Lease>, LeaseError> {
+        let sent = Instant::now();
+        self.reach().await?;
+        let (id, epoch) = self.with_key(|key| {
+            if key.holder.is_some() && self.flaw() != Flaw::TwoHolders {
+                return Err(LeaseError::PrimaryExists);
+            }
+            key.leases += 1;
+            if self.flaw() != Flaw::EpochStandsStill {
+                key.epoch += 1;
+            }
+            let id = format!("{}/{}", self.key, key.leases);
+            key.holder = Some((id.clone(), self.info.clone(), Instant::now() + TTL));
+            Ok((id, key.epoch))
+        })?;
+        Ok(self.lease(id, epoch, sent))
+    }
+
+    async fn acquire_existing(&self, lease_id: &str) -> Result<Box<dyn Lease>, LeaseError> {
+        let sent = Instant::now();
+        self.reach().await?;
+        let epoch = self.with_key(|key| {
+            key.epoch += 1;
+            match &mut key.holder {
+                Some((id, info, until)) if id == lease_id => {
+                    if self.flaw() != Flaw::HandoffKeepsTheOldName {
+                        *info = self.info.clone();
+                    }
+                    *until = Instant::now() + TTL;
+                }
+                holder if self.flaw() == Flaw::TakesOverAnything => {
+                    let until = Instant::now() + TTL;
+                    *holder = Some((lease_id.to_owned(), self.info.clone(), until));
+                }
+                _ => return Err(LeaseError::LeaseExpired),
+            }
+            Ok(key.epoch)
+        })?;
+        Ok(self.lease(lease_id.to_owned(), epoch, sent))
+    }
+
+    async fn primary_info(&self) -> Result<PrimaryInfo, LeaseError> {
+        self.reach().await?;
+        self.with_key(|key| {
+            *self.seen.lock().unwrap() = *key.changes.borrow();
+            match &key.holder {
+                Some((_, info, _)) => Ok(info.clone()),
+                None => Err(LeaseError::NoPrimary),
+            }
+        })
+    }
+
+    async fn watch_primary(&self) -> Result<(), LeaseError> {
+        self.reach().await?;
+        let mut changes = self.with_key(|key| key.changes.subscribe());
+        let seen = match self.flaw() {
+            Flaw::WatcherSleeps => std::future::pending().await,
+            Flaw::WatcherSpins => return Ok(()),
+            Flaw::WatcherMissesWhatWasBefore => *changes.borrow(),
+            _ => *self.seen.lock().unwrap(),
+        };
+        let now = *changes
+            .wait_for(|n| *n > seen)
+            .await
+            .expect("the key lives");
+        *self.seen.lock().unwrap() = now;
+        Ok(())
+    }
+
+    async fn cluster_id(&self) -> Result<Option<String>, LeaseError> {
+        self.reach().await?;
+        Ok(self.with_key(|key| key.cluster_id.clone()))
+    }
+
+    async fn set_cluster_id(&self, id: &str) -> Result<(), LeaseError> {
+        self.reach().await?;
+        self.with_key(|key| match &key.cluster_id {
+            Some(theirs) if theirs != id && self.flaw() != Flaw::ClusterIdIsOverwritten => {
+                Err(LeaseError::ClusterIdMismatch {
+                    ours: id.to_owned(),
+                    theirs: theirs.clone(),
+                })
+            }
+            _ => {
+                key.cluster_id = Some(id.to_owned());
+                Ok(())
+            }
+        })
+    }
+
+    async fn close(&self) -> Result<(), LeaseError> {
+        Ok(())
+    }
+}
+
+struct Held {
+    node: Node,
+    id: String,
+    epoch: u64,
+    renewed: Mutex<Instant>,
+}
+
+#[async_trait]
+impl Lease for Held {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn epoch(&self) -> u64 {
+        self.epoch
+    }
+
+    fn ttl(&self) -> Option<Duration> {
+        Some(TTL)
+    }
+
+    fn renewed_at(&self) -> Instant {
+        *self.renewed.lock().unwrap()
+    }
+
+    async fn renew(&self) -> Result<(), LeaseError> {
+        let sent = Instant::now();
+        self.node.reach().await?;
+        let flaw = self.node.flaw();
+        self.node.with_key(|key| match &mut key.holder {
+            Some((id, _, until)) if *id == self.id => {
+                *until = Instant::now() + TTL;
+                Ok(())
+            }
+            _ if flaw == Flaw::RenewsTheDead => Ok(()),
+            _ => Err(LeaseError::LeaseExpired),
+        })?;
+        *self.renewed.lock().unwrap() = match flaw {
+            Flaw::ValidFromTheAnswer => Instant::now() + TTL,
+            Flaw::RenewalMovesNothing => return Ok(()),
+            _ => sent,
+        };
+        Ok(())
+    }
+
+    async fn handoff(&self, _node_id: u64) -> Result<(), LeaseError> {
+        self.node.reach().await?;
+        if self.node.flaw() == Flaw::HandoffLeavesAGap {
+            let held = self.node.with_key(|key| key.holder.take());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+            self.node.with_key(|key| key.holder = held);
+        }
+        Ok(())
+    }
+
+    async fn close(&self) -> Result<(), LeaseError> {
+        self.node.reach().await?;
+        let any = self.node.flaw() == Flaw::OldHolderReleasesTheNew;
+        self.node.with_key(|key| {
+            if key
+                .holder
+                .take_if(|(id, ..)| any || *id == self.id)
+                .is_some()
+            {
+                key.changes.send_modify(|n| *n += 1);
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Why the suite fails a service with this flaw; `None` if it does not.
+async fn failure(flaw: Flaw) -> Option<String> {
+    let service = Shared(Memory::new(flaw));
+    let suite = AssertUnwindSafe(conformance::every_check(&service));
+    let panic = suite.catch_unwind().await.err()?;
+    let text = match panic.downcast::<String>() {
+        Ok(text) => *text,
+        Err(other) => (*other.downcast::<&str>().expect("panics say why")).to_owned(),
+    };
+    Some(text)
+}
+
+#[tokio::test]
+async fn a_service_that_keeps_the_contract_passes() {
+    conformance::every_check(&Shared(Memory::new(Flaw::None))).await;
+}
+
+#[tokio::test]
+async fn every_flaw_is_found() {
+    let flaws = [
+        (Flaw::TwoHolders, "two nodes have acquired"),
+        (Flaw::EpochStandsStill, "the epoch has not grown"),
+        (
+            Flaw::ValidFromTheAnswer,
+            "valid from a moment in the future",
+        ),
+        (Flaw::RenewalMovesNothing, "no longer valid than before"),
+        (Flaw::NeverExpires, "has not expired"),
+        (Flaw::ExpiresEarly, "expired before its TTL"),
+        (Flaw::RenewsTheDead, "renewed what was given up"),
+        (Flaw::WatcherSleeps, "was not told"),
+        (Flaw::WatcherSpins, "again and again"),
+        (Flaw::WatcherMissesWhatWasBefore, "was not told"),
+        (Flaw::HandoffLeavesAGap, "while it was handed over"),
+        (Flaw::HandoffKeepsTheOldName, "does not name its new holder"),
+        (Flaw::TakesOverAnything, "took over"),
+        (Flaw::OldHolderReleasesTheNew, "disturbed the new one"),
+        (Flaw::ClusterIdIsOverwritten, "different IDs were set"),
+        (Flaw::OutageIsFatal, "failed for good"),
+        (Flaw::OutageHangs, "took longer than"),
+    ];
+    let runs = flaws.map(|(flaw, why)| async move { (flaw, why, failure(flaw).await) });
+    for (flaw, why, failure) in futures_util::future::join_all(runs).await {
+        let Some(failure) = failure else {
+            panic!("the suite has not found the flaw {flaw:?}");
+        };
+        assert!(failure.contains(why), "{flaw:?} was found as: {failure}");
+    }
+}
