@@ -1,0 +1,126 @@
+//! From changed pages to a record in the log: the part that all journal modes share.
+
+use std::sync::Arc;
+
+use crate::ltx::{self, Encoder, Header, Pos};
+
+use super::database::{Database, State, now_ms};
+use super::error::StoreError;
+
+/// A transaction that is in the log and not yet in the state.
+#[derive(Clone, Debug)]
+pub(super) struct Captured {
+    /// The pages that the record holds, ascending, with their checksums.
+    pub changed: Vec<(u32, u64)>,
+    pub page_size: u32,
+    /// Pages of the database after it; 0: dropped.
+    pub commit: u32,
+    /// Whether the header of the database then asks for a WAL.
+    pub wal_mode: bool,
+    pub pos: Pos,
+    pub timestamp: i64,
+}
+
+/// Where in the WAL a transaction lies.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct WalPlace {
+    pub offset: i64,
+    pub size: i64,
+    pub salt1: u32,
+    pub salt2: u32,
+}
+
+impl Database {
+    /// Writes the record of a transaction of these pages to the log. `read` gives the bytes of a
+    /// page. The state is not changed.
+    pub(super) fn append_transaction(
+        &self,
+        st: &State,
+        changed: Vec<(u32, u64)>,
+        shape: Shape,
+        place: WalPlace,
+        mut read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
+    ) -> Result<Captured, StoreError> {
+        if !self.context.is_writable() {
+            return Err(StoreError::NotPrimary(self.name.clone()));
+        }
+        let txid = st.pos.txid + 1;
+        let checksum = if shape.page_size == st.page_size || st.page_size == 0 {
+            st.sums.checksum_with(&changed, shape.commit)
+        } else {
+            // Pages of another size: the record holds them all.
+            changed.iter().fold(0, |t, (_, s)| t ^ s) | ltx::CHECKSUM_FLAG
+        };
+        let header = Header {
+            compressed: self.context.options.compress,
+            page_size: shape.page_size,
+            commit: shape.commit,
+            min_txid: txid,
+            max_txid: txid,
+            timestamp: now_ms(),
+            pre_apply_checksum: st.pos.checksum,
+            wal_offset: place.offset,
+            wal_size: place.size,
+            wal_salt1: place.salt1,
+            wal_salt2: place.salt2,
+            node_id: self.context.node_id,
+        };
+        let context = || format!("transaction {txid:016x} of {}", self.name);
+        let mut appender = self.log().begin(txid, txid)?;
+        let mut encoder =
+            Encoder::new(&mut appender, header).map_err(StoreError::ltx(context()))?;
+        let mut page = vec![0u8; shape.page_size as usize];
+        for (pgno, _) in &changed {
+            read(*pgno, &mut page)?;
+            encoder
+                .page(*pgno, &page)
+                .map_err(StoreError::ltx(context()))?;
+        }
+        encoder
+            .finish(checksum)
+            .map_err(StoreError::ltx(context()))?;
+        appender.commit()?;
+        Ok(Captured {
+            changed,
+            page_size: shape.page_size,
+            commit: shape.commit,
+            wal_mode: shape.wal_mode,
+            pos: Pos { txid, checksum },
+            timestamp: header.timestamp,
+        })
+    }
+
+    /// Moves the state on to a logged transaction. Where its bytes are is the caller's matter.
+    pub(super) fn advance(&self, st: &mut State, c: &Captured) {
+        if c.page_size != st.page_size && st.page_size != 0 {
+            st.sums.resize(0);
+        }
+        st.sums.resize(c.commit);
+        for (pgno, sum) in &c.changed {
+            st.sums.set(*pgno, *sum);
+        }
+        st.page_size = c.page_size;
+        st.page_count = c.commit;
+        st.wal_mode = c.wal_mode;
+        st.pos = c.pos;
+        st.timestamp = c.timestamp;
+    }
+
+    /// After the bytes of the newest transaction are in place.
+    pub(super) fn after_advance(self: &Arc<Self>, st: &mut State) {
+        if self.context.options.strict_verify
+            && let Err(e) = self.verify_pages(st)
+        {
+            self.set_broken(st, format!("strict-verify: {e}"));
+        }
+        self.maybe_checkpoint(st);
+    }
+}
+
+/// What a database is after a transaction.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shape {
+    pub page_size: u32,
+    pub commit: u32,
+    pub wal_mode: bool,
+}

@@ -1,0 +1,144 @@
+//! Checkpoints: noting that the database file holds everything up to a position, so that a
+//! recovery starts there and the log before it may go.
+//!
+//! Order: what the checksums describe is on disk in the log; then the database file is synced;
+//! then the checksums; then the header that makes them count. In WAL mode the position is the one
+//! before the oldest transaction of which a page is in the WAL alone.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::ltx::Pos;
+
+use super::context::Job;
+use super::database::{Database, FileKind, State};
+use super::error::StoreError;
+use super::sums::{self, SumsHeader};
+
+/// Bytes of log after the last checkpoint that make the next one due.
+pub(super) const LOG_BYTES: u64 = 16 << 20;
+
+impl Database {
+    /// Asks for a checkpoint if a recovery would have much to read.
+    pub(super) fn maybe_checkpoint(self: &Arc<Self>, st: &mut State) {
+        let bytes = self.log().bytes_after(st.saved.pos.txid);
+        if bytes >= st.checkpoint_due {
+            st.checkpoint_due = bytes + LOG_BYTES;
+            self.context.keep(Job::Checkpoint(self.clone()));
+        }
+    }
+
+    /// Saves a checkpoint; a failure is logged, and leaves the last one in force.
+    pub(super) fn checkpoint_or_warn(self: &Arc<Self>) {
+        if let Err(e) = self.checkpoint() {
+            tracing::warn!(db = self.name, error = %e, "checkpoint not saved: a restart will read more of the log");
+        }
+    }
+
+    /// Saves a checkpoint of now.
+    pub(super) fn checkpoint(self: &Arc<Self>) -> Result<(), StoreError> {
+        let _one = self.checkpointing.lock();
+        let (changes, header, file) = {
+            let mut st = self.lock();
+            self.check_usable(&st)?;
+            let Some(pos) = self.redo_position(&st)? else {
+                return Ok(());
+            };
+            if pos == st.saved.pos {
+                return Ok(());
+            }
+            let header = SumsHeader {
+                sequence: st.saved.sequence + 1,
+                pos,
+                page_size: st.page_size,
+                pages: st.sums.len(),
+            };
+            (st.sums.take_changes(), header, st.files.database.clone())
+        };
+        let save = || -> Result<(), StoreError> {
+            self.log().flush_wait()?;
+            if let Some(f) = file {
+                f.file.sync_data().map_err(StoreError::io(
+                    "sync database",
+                    self.path(FileKind::Database),
+                ))?;
+            }
+            sums::save(&self.dir.join("checksums"), &changes, &header)
+        };
+        let saved = save();
+        let mut st = self.lock();
+        match saved {
+            Ok(()) => {
+                st.saved = header;
+                st.checkpoint_due = LOG_BYTES;
+                Ok(())
+            }
+            Err(e) => {
+                st.sums.mark_all_dirty();
+                Err(e)
+            }
+        }
+    }
+
+    /// The position up to which the database file alone is complete.
+    fn redo_position(&self, st: &State) -> Result<Option<Pos>, StoreError> {
+        let Some(oldest) = st.wal.oldest_missing() else {
+            return Ok(Some(st.pos));
+        };
+        let Some(mut record) = self.log().read(oldest)? else {
+            return Ok(None);
+        };
+        let mut head = [0u8; crate::ltx::HEADER_SIZE];
+        std::io::Read::read_exact(&mut record.body, &mut head)
+            .map_err(StoreError::io("read log segment", &record.path))?;
+        let header = crate::ltx::Header::decode(&head)
+            .map_err(StoreError::ltx(record.path.display().to_string()))?;
+        Ok(Some(header.pre_apply_pos()))
+    }
+
+    /// Removes log records that are older than `retention` and needed no more.
+    pub(super) fn prune_log(self: &Arc<Self>, retention: Duration) -> Result<(), StoreError> {
+        let behind = {
+            let st = self.lock();
+            st.broken.is_none() && st.saved.pos.txid < st.pos.txid
+        };
+        if behind {
+            self.checkpoint()?;
+        }
+        let keep_after = self.lock().saved.pos.txid;
+        let removed = self.log().prune(keep_after, retention)?;
+        self.counters()
+            .ltx_reaped
+            .fetch_add(removed, std::sync::atomic::Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The clean end: everything in the database file, checksums saved, and the last transaction
+    /// left as an LTX file for LiteFS, should it be started on this directory.
+    pub(super) fn close(self: &Arc<Self>) -> Result<(), StoreError> {
+        self.release_locks();
+        self.log().flush_wait()?;
+        {
+            let mut st = self.lock();
+            self.check_usable(&st)?;
+            if st.page_count > 0 {
+                self.backfill_all(&mut st)?;
+                let file = st.database_file(&self.name)?;
+                let size = st.committed_size();
+                self.set_file_size(&mut st, &file.file, size)?;
+            }
+        }
+        self.checkpoint()?;
+        for kind in [FileKind::Journal, FileKind::Wal, FileKind::Shm] {
+            let path = self.path(kind);
+            match std::fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(StoreError::io("remove", &path)(e));
+                }
+                _ => {}
+            }
+        }
+        self.log().close()?;
+        super::litefs::leave_newest(self)
+    }
+}

@@ -1,0 +1,281 @@
+//! What the databases of a node share: its identity, its right to write, who is told of changes,
+//! and the two threads that work behind the applications' backs.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::{Notify, broadcast};
+
+use crate::ltx::Pos;
+
+use super::database::Database;
+use super::front::Front;
+
+/// Settings of a store.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The data directory.
+    pub data_dir: PathBuf,
+    /// LZ4 in LTX files.
+    pub compress: bool,
+    /// How long log records are kept.
+    pub retention: Duration,
+    /// Compare every page with its checksum after each transaction: for tests.
+    pub strict_verify: bool,
+}
+
+/// Something that happened on this node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// A transaction is on disk.
+    Tx {
+        /// The database.
+        db: String,
+        /// The position after it.
+        pos: Pos,
+        /// Bytes of a page.
+        page_size: u32,
+        /// Pages of the database after it; 0: it was dropped.
+        commit: u32,
+        /// When it was made, in milliseconds since the Unix epoch.
+        timestamp: i64,
+    },
+    /// Another node is primary now, or this one.
+    PrimaryChange {
+        /// Whether this node is.
+        is_primary: bool,
+        /// The primary's host name, if it is another node and known.
+        hostname: Option<String>,
+    },
+}
+
+/// Events that a reader may fall behind before it is cut off.
+pub const EVENT_CAPACITY: usize = 1024;
+/// How long a commit that nobody waits for may stay unflushed.
+const LAZY_FLUSH: Duration = Duration::from_millis(1);
+
+/// Shared by all databases of a node.
+pub struct Context {
+    /// Settings.
+    pub options: Options,
+    /// Random, new at every start, never 0.
+    pub node_id: u64,
+    writable: AtomicBool,
+    next_ino: AtomicU64,
+    front: RwLock<Option<Arc<dyn Front>>>,
+    events: broadcast::Sender<Event>,
+    subscribers: Mutex<Vec<Weak<Changes>>>,
+    jobs: mpsc::Sender<Job>,
+    unflushed: Mutex<Vec<Weak<Database>>>,
+    flusher: std::sync::OnceLock<std::thread::Thread>,
+    flusher_busy: AtomicBool,
+}
+
+/// Work for the keeper thread, which holds no lock of the store while it waits.
+pub enum Job {
+    /// Bring the WAL index of a database in step with what is committed.
+    CheckIndex(Arc<Database>),
+    /// Save page checksums and the position, so that the log before it is needed no more.
+    Checkpoint(Arc<Database>),
+    /// Tell the kernel that these names changed.
+    InvalidateEntries(Vec<String>),
+    /// Tell the kernel that the bytes of this inode changed.
+    InvalidateData(u64),
+}
+
+#[derive(Default)]
+struct Changes {
+    names: Mutex<BTreeSet<String>>,
+    notify: Notify,
+}
+
+/// The databases whose flushed position, or existence, changed.
+pub struct Subscription {
+    changes: Arc<Changes>,
+}
+
+impl Subscription {
+    /// Waits until there is a change, and takes all there are.
+    pub async fn changed(&mut self) -> BTreeSet<String> {
+        loop {
+            let taken = std::mem::take(&mut *self.changes.names.lock());
+            if !taken.is_empty() {
+                return taken;
+            }
+            self.changes.notify.notified().await;
+        }
+    }
+}
+
+impl Context {
+    /// Starts the two threads; they end when the context is dropped.
+    pub fn start(options: Options) -> Arc<Context> {
+        let (jobs, job_queue) = mpsc::channel();
+        let context = Arc::new(Context {
+            options,
+            node_id: rand::random::<u64>().max(1),
+            writable: AtomicBool::new(false),
+            next_ino: AtomicU64::new(16),
+            front: RwLock::new(None),
+            events: broadcast::Sender::new(EVENT_CAPACITY),
+            subscribers: Mutex::new(Vec::new()),
+            jobs,
+            unflushed: Mutex::new(Vec::new()),
+            flusher: std::sync::OnceLock::new(),
+            flusher_busy: AtomicBool::new(false),
+        });
+        spawn("keeper", keeper(Arc::downgrade(&context), job_queue));
+        let flusher = spawn("flusher", flusher(Arc::downgrade(&context)));
+        if let Some(thread) = flusher {
+            let first = context.flusher.set(thread).is_ok();
+            assert!(first, "one flusher");
+        }
+        context
+    }
+
+    /// Whether transactions of applications may be committed at this moment.
+    pub fn is_writable(&self) -> bool {
+        self.writable.load(Ordering::Acquire)
+    }
+
+    /// Opens or closes the gate of [`Context::is_writable`].
+    pub fn set_writable(&self, writable: bool) {
+        self.writable.store(writable, Ordering::Release);
+    }
+
+    /// A number that no other file of this node has had.
+    pub fn next_ino(&self) -> u64 {
+        self.next_ino.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The mount, while there is one.
+    pub fn front(&self) -> Option<Arc<dyn Front>> {
+        self.front.read().clone()
+    }
+
+    /// Sets or takes away the mount.
+    pub fn set_front(&self, front: Option<Arc<dyn Front>>) {
+        *self.front.write() = front;
+    }
+
+    /// Gives work to the keeper.
+    pub fn keep(&self, job: Job) {
+        // It ends only with the context.
+        self.jobs.send(job).ok();
+    }
+
+    /// Has the database's log flushed within a few milliseconds.
+    pub fn flush_soon(&self, db: &Arc<Database>) {
+        self.unflushed.lock().push(Arc::downgrade(db));
+        if !self.flusher_busy.swap(true, Ordering::AcqRel)
+            && let Some(thread) = self.flusher.get()
+        {
+            thread.unpark();
+        }
+    }
+
+    /// Tells listeners and subscribers.
+    pub fn publish(&self, event: Event) {
+        if let Event::Tx { db, .. } = &event {
+            self.note_change(db);
+        }
+        // Without listeners nobody misses it.
+        self.events.send(event).ok();
+    }
+
+    /// Tells subscribers that a database changed.
+    pub fn note_change(&self, db: &str) {
+        self.subscribers.lock().retain(|s| {
+            let Some(s) = s.upgrade() else { return false };
+            let mut names = s.names.lock();
+            if !names.contains(db) {
+                names.insert(db.to_owned());
+            }
+            drop(names);
+            s.notify.notify_one();
+            true
+        });
+    }
+
+    /// A new listener.
+    pub fn listen(&self) -> broadcast::Receiver<Event> {
+        self.events.subscribe()
+    }
+
+    /// A new subscriber.
+    pub fn subscribe(&self) -> Subscription {
+        let changes = Arc::new(Changes::default());
+        self.subscribers.lock().push(Arc::downgrade(&changes));
+        Subscription { changes }
+    }
+}
+
+fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Option<std::thread::Thread> {
+    match std::thread::Builder::new()
+        .name(format!("tenure-{name}"))
+        .spawn(work)
+    {
+        Ok(handle) => Some(handle.thread().clone()),
+        Err(e) => panic!("cannot start the {name} thread: {e}"),
+    }
+}
+
+fn keeper(context: Weak<Context>, jobs: mpsc::Receiver<Job>) -> impl FnOnce() {
+    move || {
+        loop {
+            let job = match jobs.recv_timeout(Duration::from_secs(1)) {
+                Ok(job) => job,
+                Err(RecvTimeoutError::Timeout) if context.strong_count() > 0 => continue,
+                Err(_) => return,
+            };
+            match job {
+                Job::CheckIndex(db) => db.check_index(),
+                Job::Checkpoint(db) => db.checkpoint_or_warn(),
+                Job::InvalidateEntries(names) => {
+                    let Some(front) = context.upgrade().and_then(|c| c.front()) else {
+                        continue;
+                    };
+                    names.iter().for_each(|n| front.invalidate_entry(n));
+                }
+                Job::InvalidateData(ino) => {
+                    let Some(front) = context.upgrade().and_then(|c| c.front()) else {
+                        continue;
+                    };
+                    front.invalidate_data(ino, 0, 0);
+                }
+            }
+        }
+    }
+}
+
+fn flusher(context: Weak<Context>) -> impl FnOnce() {
+    move || {
+        loop {
+            let Some(c) = context.upgrade() else { return };
+            let mut dbs = std::mem::take(&mut *c.unflushed.lock());
+            if dbs.is_empty() {
+                c.flusher_busy.store(false, Ordering::Release);
+                // Looked at again after the flag is down, so that no wake-up is lost.
+                if c.unflushed.lock().is_empty() {
+                    drop(c);
+                    std::thread::park_timeout(Duration::from_secs(1));
+                }
+                continue;
+            }
+            drop(c);
+            std::thread::sleep(LAZY_FLUSH);
+            dbs.sort_by_key(Weak::as_ptr);
+            dbs.dedup_by_key(|d| d.as_ptr());
+            for db in dbs.iter().filter_map(Weak::upgrade) {
+                // A failure is logged by the log, which then takes no more commits.
+                db.log().flush(|_| {});
+                db.note_flushed(db.log().flushed_txid());
+            }
+        }
+    }
+}

@@ -1,0 +1,439 @@
+//! The operations of applications on a database's files. The FUSE layer only translates to these.
+//!
+//! A file is addressed by its [`DbFile`]: one that was deleted keeps its bytes for those who have
+//! it open, and takes no writes. Operations that can wait for the disk answer through [`Done`],
+//! from whatever thread the wait ends on.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crate::sqlite::journal;
+
+use super::capture::{Shape, WalPlace};
+use super::context::Job;
+use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
+use super::error::StoreError;
+use super::rollback::JournalEnd;
+
+/// Receives the outcome of an operation, once.
+pub type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
+
+/// Bytes that may be written to a super-journal, journal or WAL index: far more than SQLite does.
+const MAX_FILE_SIZE: u64 = 1 << 46;
+
+impl Database {
+    /// The file of this kind, if it exists at the moment.
+    pub fn file(&self, kind: FileKind) -> Option<Arc<DbFile>> {
+        self.lock().files.slot(kind).clone()
+    }
+
+    /// Makes the file if it does not exist. On a replica an application can make a WAL index only.
+    pub fn create(
+        self: &Arc<Self>,
+        kind: FileKind,
+        by_node: bool,
+    ) -> Result<Arc<DbFile>, StoreError> {
+        let mut st = self.lock();
+        self.check_usable(&st)?;
+        if let Some(f) = st.files.slot(kind) {
+            return Ok(f.clone());
+        }
+        if !by_node && kind != FileKind::Shm && !self.context.is_writable() {
+            return Err(StoreError::NotPrimary(self.mount_name(kind)));
+        }
+        if kind != FileKind::Database && st.files.database.is_none() {
+            return Err(StoreError::NoDatabase(self.name.clone()));
+        }
+        self.create_file(&mut st, kind)
+    }
+
+    /// Makes the file, empty.
+    pub(super) fn create_file(
+        &self,
+        st: &mut State,
+        kind: FileKind,
+    ) -> Result<Arc<DbFile>, StoreError> {
+        if kind == FileKind::Database {
+            std::fs::create_dir_all(&self.dir)
+                .map_err(StoreError::io("create directory", &self.dir))?;
+            st.view_size = 0;
+            st.base_size = 0;
+            st.reserved = 0;
+        }
+        let path = self.path(kind);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(StoreError::io("create", &path))?;
+        Ok(self.adopt_file(st, kind, file))
+    }
+
+    /// Makes an open file part of the database.
+    pub(super) fn adopt_file(&self, st: &mut State, kind: FileKind, file: File) -> Arc<DbFile> {
+        let f = Arc::new(DbFile::new(self.context.next_ino(), kind, file));
+        *st.files.slot(kind) = Some(f.clone());
+        f
+    }
+
+    /// Copies bytes out; returns how many there were before the end of the file.
+    pub fn read(&self, f: &DbFile, offset: u64, buf: &mut [u8]) -> Result<usize, StoreError> {
+        let read = |buf: &mut [u8]| {
+            read_some(&f.file, offset, buf).map_err(StoreError::io("read", self.path(f.kind)))
+        };
+        if f.kind != FileKind::Database || f.is_deleted() {
+            return read(buf);
+        }
+        let st = self.lock();
+        let end = st.view_size.min(offset + buf.len() as u64);
+        let want = end.saturating_sub(offset) as usize;
+        let buf = &mut buf[..want];
+        if st.base_size >= end && !st.overlay.overlaps(offset, want as u64) {
+            drop(st);
+            let n = read(buf)?;
+            buf[n..].fill(0);
+            return Ok(want);
+        }
+        self.read_view(&st, offset, buf)
+            .map_err(StoreError::io("read", self.path(f.kind)))?;
+        Ok(want)
+    }
+
+    /// Writes bytes.
+    pub fn write(self: &Arc<Self>, f: &Arc<DbFile>, offset: u64, data: &[u8], done: Done) {
+        if f.is_deleted() {
+            return done(Err(StoreError::Deleted(self.mount_name(f.kind))));
+        }
+        if offset.saturating_add(data.len() as u64) > MAX_FILE_SIZE {
+            return done(Err(
+                self.refuse("a write beyond the largest size of a database")
+            ));
+        }
+        let count = match f.kind {
+            FileKind::Database => &self.counters().database_writes,
+            FileKind::Journal => &self.counters().journal_writes,
+            FileKind::Wal => &self.counters().wal_writes,
+            FileKind::Shm => &self.counters().shm_writes,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        let result = match f.kind {
+            FileKind::Database => self.write_database(offset, data),
+            FileKind::Journal => match self.write_journal(f, offset, data) {
+                Ok(None) => Ok(()),
+                Ok(Some(end)) => return self.end_journal(end, done),
+                Err(e) => Err(e),
+            },
+            FileKind::Wal => self.write_wal(&mut self.lock(), offset, data).map(|_| ()),
+            FileKind::Shm => f
+                .file
+                .write_all_at(data, offset)
+                .map_err(StoreError::io("write", self.path(f.kind))),
+        };
+        if let Err(e) = &result {
+            self.warn_rarely(e);
+        }
+        done(result);
+    }
+
+    fn write_database(&self, offset: u64, data: &[u8]) -> Result<(), StoreError> {
+        if self.has_unflushed() {
+            // What a checkpoint copies must not be on disk before its log is.
+            self.log().flush_wait()?;
+        }
+        let mut st = self.lock();
+        self.check_writable(&st)?;
+        if st.journal_active {
+            return self.hold_back(&mut st, offset, data);
+        }
+        if st.wal_mode {
+            return self.write_checkpoint(&mut st, offset, data);
+        }
+        Err(self.refuse("a write to the database without a journal: PRAGMA journal_mode OFF and MEMORY cannot be used here, nor can programs that copy files into the mount"))
+    }
+
+    fn check_writable(&self, st: &State) -> Result<(), StoreError> {
+        self.check_usable(st)?;
+        if !self.context.is_writable() {
+            return Err(StoreError::NotPrimary(self.name.clone()));
+        }
+        if st.committing {
+            return Err(self.refuse("a write while a transaction is being committed"));
+        }
+        Ok(())
+    }
+
+    /// `Some`: this write is the commit point.
+    fn write_journal(
+        &self,
+        f: &DbFile,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<Option<JournalEnd>, StoreError> {
+        let mut st = self.lock();
+        self.check_writable(&st)?;
+        let path = self.path(FileKind::Journal);
+        if offset >= journal::MAGIC.len() as u64 {
+            drop(st);
+            return f
+                .file
+                .write_all_at(data, offset)
+                .map_err(StoreError::io("write", &path))
+                .map(|()| None);
+        }
+        let mut head = [0u8; journal::MAGIC.len()];
+        read_or_zeros(&f.file, 0, &mut head).map_err(StoreError::io("read", &path))?;
+        let n = data.len().min(head.len() - offset as usize);
+        head[offset as usize..offset as usize + n].copy_from_slice(&data[..n]);
+        let active = journal::is_active(&head);
+        if st.journal_active && !active {
+            return Ok(Some(JournalEnd::Overwrite(offset, data.to_vec())));
+        }
+        f.file
+            .write_all_at(data, offset)
+            .map_err(StoreError::io("write", &path))?;
+        if active && !st.journal_active {
+            self.begin_rollback(&mut st)?;
+        }
+        Ok(None)
+    }
+
+    /// Sets the size of a file.
+    pub fn truncate(self: &Arc<Self>, f: &Arc<DbFile>, size: u64, done: Done) {
+        if f.is_deleted() || size > MAX_FILE_SIZE {
+            return done(Err(StoreError::Deleted(self.mount_name(f.kind))));
+        }
+        let result = match f.kind {
+            FileKind::Database => self.truncate_database(size),
+            FileKind::Journal => {
+                let st = self.lock();
+                if let Err(e) = self.check_writable(&st) {
+                    Err(e)
+                } else if st.journal_active && size < journal::HEADER_SIZE as u64 {
+                    drop(st);
+                    return self.end_journal(JournalEnd::Truncate(size), done);
+                } else {
+                    f.file
+                        .set_len(size)
+                        .map_err(StoreError::io("truncate", self.path(f.kind)))
+                }
+            }
+            FileKind::Wal => self.truncate_wal(f, size),
+            FileKind::Shm => self.truncate_shm(f, size),
+        };
+        if let Err(e) = &result {
+            self.warn_rarely(e);
+        }
+        done(result);
+    }
+
+    fn truncate_database(&self, size: u64) -> Result<(), StoreError> {
+        let mut st = self.lock();
+        self.check_writable(&st)?;
+        let path = self.path(FileKind::Database);
+        if st.journal_active {
+            st.overlay
+                .truncate(size)
+                .map_err(StoreError::io("truncate", &path))?;
+            st.base_size = st.base_size.min(size);
+            st.view_size = size;
+            return Ok(());
+        }
+        if size < st.committed_size() {
+            return Err(self.refuse(format!(
+                "a truncation to {size} bytes outside of a transaction: the database has {}",
+                st.committed_size()
+            )));
+        }
+        let file = st.database_file(&self.name)?;
+        self.set_file_size(&mut st, &file.file, size)?;
+        st.view_size = size;
+        st.base_size = size;
+        Ok(())
+    }
+
+    /// The node maps this file too: cut short, its own access would end it with a bus error.
+    fn truncate_shm(&self, f: &DbFile, size: u64) -> Result<(), StoreError> {
+        if size < self.shm_mapped.load(Ordering::Acquire) {
+            return Err(self.refuse("a truncation of the WAL index while the node uses it"));
+        }
+        f.file
+            .set_len(size)
+            .map_err(StoreError::io("truncate", self.path(FileKind::Shm)))
+    }
+
+    fn truncate_wal(&self, f: &DbFile, size: u64) -> Result<(), StoreError> {
+        let mut st = self.lock();
+        self.check_writable(&st)?;
+        if size < crate::sqlite::wal::WAL_HEADER_SIZE as u64 {
+            self.backfill_all(&mut st)?;
+            st.wal.reset();
+        } else if size < st.wal.committed_end() {
+            return Err(self.refuse("a truncation of the committed part of the WAL"));
+        } else {
+            let committed = st.wal.committed;
+            st.wal.frames.truncate(committed);
+            st.wal.written_to = st.wal.written_to.min(size);
+        }
+        f.file
+            .set_len(size)
+            .map_err(StoreError::io("truncate", self.path(FileKind::Wal)))
+    }
+
+    /// An fsync: answered once what it promises is true. The log stands for the other files.
+    pub fn sync(&self, f: &DbFile, done: Done) {
+        if f.kind != FileKind::Wal || !self.has_unflushed() {
+            return done(Ok(()));
+        }
+        let dir = self.dir.clone();
+        self.log()
+            .flush(move |r| done(r.map_err(StoreError::io("flush the log of", dir))));
+    }
+
+    /// Takes a file's name away.
+    pub fn unlink(self: &Arc<Self>, kind: FileKind, done: Done) {
+        let mut st = self.lock();
+        let Some(f) = st.files.slot(kind).clone() else {
+            return done(Err(StoreError::NoDatabase(self.mount_name(kind))));
+        };
+        if let Err(e) = self.check_writable(&st) {
+            return done(Err(e));
+        }
+        let path = self.path(kind);
+        let result = match kind {
+            FileKind::Database => {
+                drop(st);
+                return self.drop_database(done);
+            }
+            FileKind::Journal if st.journal_active => {
+                drop(st);
+                return self.end_journal(JournalEnd::Unlink, done);
+            }
+            FileKind::Wal => self.backfill_all(&mut st),
+            FileKind::Journal | FileKind::Shm => Ok(()),
+        };
+        let result = result.and_then(|()| {
+            f.delete();
+            *st.files.slot(kind) = None;
+            if kind == FileKind::Wal {
+                st.wal.reset();
+            }
+            std::fs::remove_file(&path).map_err(StoreError::io("remove", &path))
+        });
+        drop(st);
+        done(result);
+    }
+
+    /// Unlinking the database itself is a transaction: the database is gone everywhere.
+    fn drop_database(self: &Arc<Self>, done: Done) {
+        let mut st = self.lock();
+        if st.page_count == 0 {
+            // Created and never written: there is nothing to tell.
+            let result = self.remove_files(&mut st);
+            drop(st);
+            return done(result);
+        }
+        let shape = Shape {
+            page_size: st.page_size,
+            commit: 0,
+            wal_mode: false,
+        };
+        let captured = match self.append_transaction(
+            &st,
+            Vec::new(),
+            shape,
+            WalPlace::default(),
+            |_, _| Ok(()),
+        ) {
+            Ok(c) => c,
+            Err(e) => {
+                drop(st);
+                return done(Err(e));
+            }
+        };
+        let removed = st
+            .preserve_all(self)
+            .and_then(|()| self.remove_files(&mut st));
+        self.advance(&mut st, &captured);
+        st.page_size = 0;
+        self.note_captured(&captured);
+        drop(st);
+        self.context
+            .keep(Job::InvalidateEntries(self.mount_names()));
+        let db = self.clone();
+        self.log().flush(move |r| {
+            let flushed = r.map_err(StoreError::io("flush the log of", &db.dir));
+            if flushed.is_ok() {
+                db.note_flushed(captured.pos.txid);
+            }
+            done(removed.and(flushed));
+        });
+    }
+
+    /// All names in the mount that this database is behind.
+    pub(super) fn mount_names(&self) -> Vec<String> {
+        ["", "-journal", "-wal", "-shm", "-pos"]
+            .iter()
+            .map(|s| format!("{}{s}", self.name))
+            .collect()
+    }
+
+    /// Removes the files of the database, not its log.
+    pub(super) fn remove_files(&self, st: &mut State) -> Result<(), StoreError> {
+        st.overlay.clear();
+        st.wal.reset();
+        st.journal_active = false;
+        (st.view_size, st.base_size, st.reserved) = (0, 0, 0);
+        for kind in [
+            FileKind::Shm,
+            FileKind::Wal,
+            FileKind::Journal,
+            FileKind::Database,
+        ] {
+            if let Some(f) = st.files.slot(kind).take() {
+                f.delete();
+            }
+            let path = self.path(kind);
+            match std::fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(StoreError::io("remove", &path)(e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A handle of a file was given up. If it was a writer's that died after its commit was logged
+    /// and before others could see it, the WAL index is behind.
+    pub fn released(self: &Arc<Self>, f: &DbFile, could_write: bool) {
+        if f.kind == FileKind::Wal && could_write && !f.is_deleted() && self.context.is_writable() {
+            self.context.keep(Job::CheckIndex(self.clone()));
+        }
+    }
+
+    /// The size of a file as applications see it.
+    pub fn size(&self, f: &DbFile) -> Result<u64, StoreError> {
+        if f.kind == FileKind::Database && !f.is_deleted() {
+            return Ok(self.lock().view_size);
+        }
+        Ok(f.file
+            .metadata()
+            .map_err(StoreError::io("stat", self.path(f.kind)))?
+            .len())
+    }
+}
+
+fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> std::io::Result<usize> {
+    let mut done = 0;
+    while done < buf.len() {
+        match file.read_at(&mut buf[done..], offset + done as u64)? {
+            0 => break,
+            n => done += n,
+        }
+    }
+    Ok(done)
+}

@@ -1,0 +1,23 @@
+//! What lies above the store: the kernel's caches of the mounted files, and the locks that SQLite
+//! holds on them. The FUSE layer implements it; without a mount nothing is cached above the store.
+//!
+//! None of these may be called while a lock is held that a file operation of the store takes: the
+//! kernel may have to wait for such an operation before it returns.
+
+use std::fs::File;
+use std::io;
+
+/// The mount, as the store needs it.
+pub trait Front: Send + Sync {
+    /// Opens a file by its name in the mount, for reading and writing, the way an application
+    /// does: locks on this descriptor are seen by SQLite, and a shared mapping of it is the memory
+    /// that SQLite's connections map.
+    fn open(&self, name: &str) -> io::Result<File>;
+
+    /// Forgets cached data of the inode in `[offset, offset + len)` (`len` 0: to the end), and its
+    /// attributes.
+    fn invalidate_data(&self, ino: u64, offset: u64, len: u64);
+
+    /// Forgets what the kernel knows of the name, its absence included.
+    fn invalidate_entry(&self, name: &str);
+}

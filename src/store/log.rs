@@ -1,0 +1,674 @@
+//! The transaction log of one database: the truth that everything else is a cache of.
+//!
+//! Invariants:
+//! - Records are contiguous in TXIDs from the oldest to the newest; a snapshot replaces the log.
+//! - An append is in the page cache when [`Appender::commit`] returns: it survives the process.
+//!   It survives power loss once a [`Log::flush`] that began later has ended.
+//! - One flush at a time, and it serves everybody who asked before it began: the first to ask
+//!   flushes on its own thread, those who come meanwhile leave a callback and no thread.
+//! - After a failed flush nothing is known of the unflushed tail: the log refuses all appends
+//!   until the node starts anew and reads what is there.
+//! - The newest record is never removed.
+
+use std::collections::VecDeque;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, MutexGuard};
+
+use crc_fast::CrcAlgorithm::Crc64GoIso;
+
+use super::error::StoreError;
+use super::segment::{self, BodyReader, RECORD_HEADER_SIZE, RecordHeader, ScanEnd, Segment};
+
+/// A segment that has grown to this many bytes is followed by a new one.
+const SEGMENT_SIZE: u64 = 4 << 20;
+/// First preallocation of a segment; doubled up to a quarter of the segment.
+const FIRST_ALLOCATION: u64 = 64 << 10;
+/// How much of a record is gathered before it is written.
+const WRITE_BUFFER: usize = 1 << 20;
+
+type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
+
+/// The log of one database.
+pub struct Log {
+    dir: PathBuf,
+    /// A segment older than this is followed by a new one, so that retention can remove it.
+    segment_age: Duration,
+    inner: Mutex<Inner>,
+    flush: Mutex<FlushState>,
+    /// Told the TXID up to which the log is on disk, before anybody who waits for it.
+    on_flushed: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
+}
+
+struct Inner {
+    segments: VecDeque<Segment>,
+    /// When the active segment was begun.
+    began: Instant,
+    /// Number of appends so far, for [`FlushState`].
+    seq: u64,
+    /// Last TXID known to be on disk.
+    flushed_txid: u64,
+    /// Files of ended segments, and directories, that the next flush must sync too.
+    unsynced: Vec<(File, PathBuf)>,
+    /// Why nothing more can be appended.
+    failed: Option<String>,
+}
+
+struct FlushState {
+    flushed_seq: u64,
+    running: bool,
+    waiters: Vec<(u64, Done)>,
+}
+
+/// What a log holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogStats {
+    /// Number of records.
+    pub records: u64,
+    /// Bytes of its segments in use.
+    pub bytes: u64,
+}
+
+impl Log {
+    /// Opens the log in `dir`, which need not exist. The torn end of a crash is cut off; records
+    /// above `verified` are checked byte by byte. A bad record before good, flushed ones is an
+    /// error.
+    pub fn open(dir: &Path, segment_age: Duration, verified: u64) -> Result<Log, StoreError> {
+        let mut names: Vec<u64> = Vec::new();
+        match fs::read_dir(dir) {
+            Ok(entries) => {
+                for entry in entries {
+                    let entry = entry.map_err(StoreError::io("list log", dir))?;
+                    names.extend(
+                        entry
+                            .file_name()
+                            .to_str()
+                            .and_then(segment::parse_file_name),
+                    );
+                }
+            }
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(StoreError::io("list log", dir)(e)),
+        }
+        names.sort_unstable();
+        let segments = open_segments(dir, &names, verified)?;
+        let log = Log::of(dir, segment_age, segments, None);
+        log.sync_opened()?;
+        Ok(log)
+    }
+
+    /// A log that takes nothing, for a database whose log cannot be opened.
+    pub fn unusable(dir: &Path, segment_age: Duration) -> Log {
+        Log::of(
+            dir,
+            segment_age,
+            VecDeque::new(),
+            Some("it could not be opened".to_owned()),
+        )
+    }
+
+    fn of(
+        dir: &Path,
+        segment_age: Duration,
+        segments: VecDeque<Segment>,
+        failed: Option<String>,
+    ) -> Log {
+        let flushed_txid = segments.back().and_then(Segment::last_txid).unwrap_or(0);
+        Log {
+            dir: dir.to_owned(),
+            segment_age,
+            inner: Mutex::new(Inner {
+                segments,
+                began: Instant::now(),
+                seq: 0,
+                flushed_txid,
+                unsynced: Vec::new(),
+                failed,
+            }),
+            flush: Mutex::new(FlushState {
+                flushed_seq: 0,
+                running: false,
+                waiters: Vec::new(),
+            }),
+            on_flushed: OnceLock::new(),
+        }
+    }
+
+    /// Removes every record.
+    pub fn clear(&self) -> Result<(), StoreError> {
+        let mut inner = self.inner.lock();
+        while let Some(s) = inner.segments.pop_front() {
+            fs::remove_file(&s.path).map_err(StoreError::io("remove log segment", &s.path))?;
+        }
+        inner.flushed_txid = 0;
+        Ok(())
+    }
+
+    /// Names who is told of every flush. Once only.
+    pub fn set_on_flushed(&self, hook: impl Fn(u64) + Send + Sync + 'static) {
+        let first = self.on_flushed.set(Box::new(hook)).is_ok();
+        assert!(first, "a log has one listener");
+    }
+
+    /// What was read may have been in the page cache alone.
+    fn sync_opened(&self) -> Result<(), StoreError> {
+        let inner = self.inner.lock();
+        if let Some(last) = inner.segments.back() {
+            last.file
+                .sync_data()
+                .map_err(StoreError::io("sync log segment", &last.path))?;
+        }
+        Ok(())
+    }
+
+    /// The last TXID, 0 while empty.
+    pub fn last_txid(&self) -> u64 {
+        self.inner
+            .lock()
+            .segments
+            .back()
+            .and_then(Segment::last_txid)
+            .unwrap_or(0)
+    }
+
+    /// The first TXID that is still there as a record; 0 while empty.
+    pub fn first_txid(&self) -> u64 {
+        self.inner
+            .lock()
+            .segments
+            .front()
+            .filter(|s| !s.is_empty())
+            .map_or(0, |s| s.first_min)
+    }
+
+    /// The last TXID that is known to be on disk.
+    pub fn flushed_txid(&self) -> u64 {
+        self.inner.lock().flushed_txid
+    }
+
+    /// Records and bytes.
+    pub fn stats(&self) -> LogStats {
+        let inner = self.inner.lock();
+        LogStats {
+            records: inner.segments.iter().map(|s| s.len() as u64).sum(),
+            bytes: inner.segments.iter().map(|s| s.tail).sum(),
+        }
+    }
+
+    /// Bytes of records with a TXID above this: what a recovery from there would read.
+    pub fn bytes_after(&self, txid: u64) -> u64 {
+        let inner = self.inner.lock();
+        inner
+            .segments
+            .iter()
+            .filter(|s| s.last_txid().is_some_and(|t| t > txid))
+            .map(|s| {
+                s.tail
+                    - s.offset_of(txid + 1)
+                        .unwrap_or(segment::SEGMENT_HEADER_SIZE)
+            })
+            .sum()
+    }
+
+    /// Begins a record; nothing is changed until it is committed.
+    ///
+    /// `min_txid` must follow the last record, or be 1: a snapshot, which replaces the log.
+    pub fn begin(&self, min_txid: u64, max_txid: u64) -> Result<Appender<'_>, StoreError> {
+        let mut inner = self.inner.lock();
+        if let Some(reason) = &inner.failed {
+            return Err(StoreError::corrupt(
+                &self.dir,
+                format!("the log takes no more transactions: {reason}"),
+            ));
+        }
+        let last = inner
+            .segments
+            .back()
+            .and_then(Segment::last_txid)
+            .unwrap_or(0);
+        assert!(
+            min_txid == 1 || min_txid == last + 1 || last == 0,
+            "log gap: {last} then {min_txid}"
+        );
+        let replaces = min_txid == 1 && last > 0;
+        let rotate = match inner.segments.back() {
+            None => true,
+            Some(_) if replaces || min_txid != max_txid => true,
+            Some(s) => {
+                s.tail > SEGMENT_SIZE || (!s.is_empty() && inner.began.elapsed() > self.segment_age)
+            }
+        };
+        if rotate {
+            self.rotate(&mut inner, min_txid, max_txid)?;
+        }
+        Ok(Appender {
+            inner,
+            min_txid,
+            max_txid,
+            replaces,
+            length: 0,
+            crc: crc_fast::Digest::new(Crc64GoIso),
+            buffer: vec![0u8; RECORD_HEADER_SIZE],
+            buffer_at: 0,
+            rotated: rotate,
+        })
+    }
+
+    fn rotate(&self, inner: &mut Inner, min_txid: u64, max_txid: u64) -> Result<(), StoreError> {
+        if !self.dir.exists() {
+            fs::create_dir_all(&self.dir)
+                .map_err(StoreError::io("create log directory", &self.dir))?;
+            for parent in self.dir.ancestors().skip(1).take(2) {
+                let d = File::open(parent).map_err(StoreError::io("open directory", parent))?;
+                inner.unsynced.push((d, parent.to_owned()));
+            }
+        }
+        // An empty segment left by an append that failed is simply written anew.
+        if inner.segments.back().is_some_and(Segment::is_empty) {
+            inner.segments.pop_back();
+        }
+        let salt = rand::random::<u64>();
+        let new = Segment::create(&self.dir, salt, min_txid, max_txid)?;
+        if let Some(old) = inner.segments.back() {
+            let file = old
+                .file
+                .try_clone()
+                .map_err(StoreError::io("reopen log segment", &old.path))?;
+            // The unused rest of the preallocation is given back.
+            if let Err(e) = old.file.set_len(old.tail) {
+                tracing::debug!(path = %old.path.display(), error = %e, "log segment not trimmed");
+            }
+            inner.unsynced.push((file, old.path.clone()));
+        }
+        let dir = File::open(&self.dir).map_err(StoreError::io("open log directory", &self.dir))?;
+        inner.unsynced.push((dir, self.dir.clone()));
+        inner.segments.push_back(new);
+        inner.began = Instant::now();
+        Ok(())
+    }
+
+    /// Calls `done` once everything appended so far is on disk: on this thread, before returning,
+    /// if no flush is under way, else later from the thread that flushes.
+    pub fn flush(&self, done: impl FnOnce(io::Result<()>) + Send + 'static) {
+        let target = self.inner.lock().seq;
+        let mut state = self.flush.lock();
+        if state.flushed_seq >= target {
+            drop(state);
+            return done(Ok(()));
+        }
+        state.waiters.push((target, Box::new(done)));
+        if state.running {
+            return;
+        }
+        state.running = true;
+        drop(state);
+        self.lead_flushes();
+    }
+
+    /// The same, waiting.
+    pub fn flush_wait(&self) -> Result<(), StoreError> {
+        let (tx, rx) = std::sync::mpsc::channel();
+        self.flush(move |r| {
+            // The receiver waits until this is called.
+            tx.send(r).ok();
+        });
+        rx.recv()
+            .unwrap_or_else(|_| Err(io::Error::other("flush abandoned")))
+            .map_err(StoreError::io("flush log", &self.dir))
+    }
+
+    fn lead_flushes(&self) {
+        loop {
+            let (seq, result) = self.flush_once();
+            let mut state = self.flush.lock();
+            if result.is_ok() {
+                state.flushed_seq = seq;
+            }
+            let (ready, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut state.waiters)
+                .into_iter()
+                .partition(|(s, _)| *s <= seq || result.is_err());
+            state.waiters = rest;
+            let again = !state.waiters.is_empty();
+            state.running = again;
+            drop(state);
+            for (_, done) in ready {
+                done(match &result {
+                    Ok(()) => Ok(()),
+                    Err(e) => Err(io::Error::new(e.kind(), e.to_string())),
+                });
+            }
+            if !again {
+                return;
+            }
+        }
+    }
+
+    fn flush_once(&self) -> (u64, io::Result<()>) {
+        let (seq, txid, active, others) = {
+            let mut inner = self.inner.lock();
+            let others = std::mem::take(&mut inner.unsynced);
+            let active = inner
+                .segments
+                .back()
+                .map(|s| (s.file.clone(), s.path.clone()));
+            let txid = inner
+                .segments
+                .back()
+                .and_then(Segment::last_txid)
+                .unwrap_or(0);
+            (inner.seq, txid, active, others)
+        };
+        let result = others
+            .iter()
+            .try_for_each(|(f, _)| f.sync_all())
+            .and_then(|()| active.as_ref().map_or(Ok(()), |(f, _)| f.sync_data()));
+        let mut inner = self.inner.lock();
+        match &result {
+            Ok(()) => {
+                inner.flushed_txid = txid;
+                drop(inner);
+                if let Some(hook) = self.on_flushed.get() {
+                    hook(txid);
+                }
+            }
+            Err(e) => {
+                tracing::error!(log = %self.dir.display(), error = %e, "flush of the transaction log failed: the database takes no more writes until the node is started anew");
+                inner.failed = Some(format!("a flush failed: {e}"));
+            }
+        }
+        (seq, result)
+    }
+
+    /// The record that begins with this TXID; `None` if it is not there (any more).
+    pub fn read(&self, min_txid: u64) -> Result<Option<LogRecord>, StoreError> {
+        let inner = self.inner.lock();
+        let found = inner
+            .segments
+            .iter()
+            .rev()
+            .find_map(|s| Some((s, s.offset_of(min_txid)?)));
+        let Some((seg, offset)) = found else {
+            return Ok(None);
+        };
+        let header = segment::read_header(&seg.file, seg.salt, offset)
+            .map_err(StoreError::io("read log segment", &seg.path))?;
+        Ok(Some(LogRecord {
+            header,
+            body: seg.body_reader(offset, header.length),
+            path: seg.path.clone(),
+        }))
+    }
+
+    /// Removes segments of which every record is at most `keep_after` (needed no more by recovery
+    /// or backups) and was last written to before `older_than` ago. Returns the number of records.
+    pub fn prune(&self, keep_after: u64, older_than: Duration) -> Result<u64, StoreError> {
+        let mut removed = 0;
+        loop {
+            let oldest = {
+                let mut inner = self.inner.lock();
+                let Some(s) = inner.segments.front() else {
+                    break;
+                };
+                let age = s
+                    .file
+                    .metadata()
+                    .and_then(|m| m.modified())
+                    .map_err(StoreError::io("stat log segment", &s.path))?;
+                let old = age.elapsed().is_ok_and(|a| a > older_than);
+                if inner.segments.len() < 2 || !old || s.last_txid().is_some_and(|t| t > keep_after)
+                {
+                    break;
+                }
+                inner.segments.pop_front()
+            };
+            let Some(s) = oldest else { break };
+            fs::remove_file(&s.path).map_err(StoreError::io("remove log segment", &s.path))?;
+            removed += s.len() as u64;
+        }
+        Ok(removed)
+    }
+
+    /// Gives unused space back at a clean stop.
+    pub fn close(&self) -> Result<(), StoreError> {
+        self.flush_wait()?;
+        let mut inner = self.inner.lock();
+        if let Some(s) = inner.segments.back_mut() {
+            s.file
+                .set_len(s.tail)
+                .map_err(StoreError::io("trim log segment", &s.path))?;
+            s.allocated = s.tail;
+        }
+        Ok(())
+    }
+}
+
+/// Opens the segments of these names in order, and cuts off the torn end of the last crash.
+fn open_segments(
+    dir: &Path,
+    names: &[u64],
+    verified: u64,
+) -> Result<VecDeque<Segment>, StoreError> {
+    let mut segments: VecDeque<Segment> = VecDeque::new();
+    for (i, name) in names.iter().enumerate() {
+        let path = dir.join(segment::file_name(*name));
+        let scanned = Segment::open(&path, verified)?;
+        let last = segments.back().and_then(Segment::last_txid);
+        let follows = |s: &Segment| s.first_min == 1 || last.is_none_or(|t| s.first_min == t + 1);
+        let Some(seg) = scanned.segment.filter(|s| !s.is_empty() && follows(s)) else {
+            // What should follow `last` is missing. It is a torn end unless a later record knows better.
+            let missing = last.map_or(1, |t| t + 1);
+            check_torn(dir, &names[i..], missing, last.is_none())?;
+            remove_segments(dir, &names[i..])?;
+            break;
+        };
+        if seg.first_min == 1 && !segments.is_empty() {
+            // A snapshot replaced what came before, and the crash came before its removal.
+            remove_segments(dir, &names[..i])?;
+            segments.clear();
+        }
+        let expected = seg.last_txid().map_or(0, |t| t + 1);
+        if scanned.end != ScanEnd::Clean || i + 1 == names.len() {
+            if seg.later_record_says_flushed(expected)? {
+                let what = format!(
+                    "transaction {expected:016x} is damaged, and later ones are there: restore the file, or remove {} and let the node fetch the database again",
+                    dir.display()
+                );
+                return Err(StoreError::corrupt(&seg.path, what));
+            }
+            cut_tail(&seg)?;
+        }
+        segments.push_back(seg);
+    }
+    Ok(segments)
+}
+
+/// Zeros behind the last whole record, so that nothing of a torn one is ever read again.
+fn cut_tail(seg: &Segment) -> Result<(), StoreError> {
+    let cut = || -> io::Result<()> {
+        let len = seg.file.metadata()?.len();
+        seg.file.set_len(seg.tail)?;
+        seg.file.set_len(len.max(seg.tail))
+    };
+    cut().map_err(StoreError::io("cut log segment", &seg.path))
+}
+
+/// An error if any of these segments says that `missing` was on disk.
+fn check_torn(dir: &Path, names: &[u64], missing: u64, first: bool) -> Result<(), StoreError> {
+    for name in names {
+        let path = dir.join(segment::file_name(*name));
+        let Some(seg) = Segment::open(&path, 0)?.segment else {
+            continue;
+        };
+        let mut offsets = seg.record_offsets();
+        let flushed = offsets.any(|o| {
+            segment::read_header(&seg.file, seg.salt, o).is_ok_and(|h| h.flushed_txid >= missing)
+        });
+        if flushed && !first {
+            return Err(StoreError::corrupt(
+                &path,
+                format!("transactions from {missing:016x} on are missing before this segment"),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn remove_segments(dir: &Path, names: &[u64]) -> Result<(), StoreError> {
+    for name in names {
+        let path = dir.join(segment::file_name(*name));
+        fs::remove_file(&path).map_err(StoreError::io("remove log segment", &path))?;
+    }
+    Ok(())
+}
+
+/// A record, found.
+#[derive(Debug)]
+pub struct LogRecord {
+    /// Its header.
+    pub header: RecordHeader,
+    /// Its LTX file.
+    pub body: BodyReader,
+    /// The segment, for messages.
+    pub path: PathBuf,
+}
+
+/// A record being written. Dropped without [`Appender::commit`], it never was.
+pub struct Appender<'a> {
+    inner: MutexGuard<'a, Inner>,
+    min_txid: u64,
+    max_txid: u64,
+    replaces: bool,
+    rotated: bool,
+    length: u64,
+    crc: crc_fast::Digest,
+    /// Bytes not written yet; they go to `buffer_at` after the tail. The first ones are the header.
+    buffer: Vec<u8>,
+    buffer_at: u64,
+}
+
+impl Appender<'_> {
+    /// Makes the record part of the log. Returns nothing: whoever needs it on disk flushes.
+    pub fn commit(mut self) -> Result<(), StoreError> {
+        let path = self.segment().path.clone();
+        self.finish()
+            .map_err(StoreError::io("append to log segment", &path))?;
+        if self.replaces {
+            self.remove_replaced();
+        }
+        Ok(())
+    }
+
+    fn segment(&mut self) -> &mut Segment {
+        self.inner.segments.back_mut().expect("begin() made one")
+    }
+
+    fn finish(&mut self) -> io::Result<()> {
+        let header = RecordHeader {
+            length: self.length,
+            min_txid: self.min_txid,
+            max_txid: self.max_txid,
+            flushed_txid: if self.rotated && self.replaces {
+                0
+            } else {
+                self.inner.flushed_txid
+            },
+            body_crc: self.crc.finalize(),
+        };
+        let salt = self.segment().salt;
+        let encoded = header.encode(salt);
+        if self.buffer_at == 0 {
+            self.buffer[..RECORD_HEADER_SIZE].copy_from_slice(&encoded);
+            self.write_out()?;
+        } else {
+            self.write_out()?;
+            let seg = self.segment();
+            seg.file.write_all_at(&encoded, seg.tail)?;
+        }
+        self.segment().push(&header);
+        self.inner.seq += 1;
+        Ok(())
+    }
+
+    /// Writes the buffered bytes, preallocating as needed.
+    fn write_out(&mut self) -> io::Result<()> {
+        let at = self.buffer_at;
+        let buffer = std::mem::take(&mut self.buffer);
+        let seg = self.segment();
+        let (start, end) = (seg.tail + at, seg.tail + at + buffer.len() as u64);
+        if end > seg.allocated {
+            preallocate(seg, end);
+        }
+        // Before the header is in place, its room keeps the zeros that end the log.
+        let skip = if at == 0 && buffer[..4] == [0; 4] {
+            RECORD_HEADER_SIZE
+        } else {
+            0
+        };
+        seg.file
+            .write_all_at(&buffer[skip..], start + skip as u64)?;
+        self.buffer_at = at + buffer.len() as u64;
+        self.buffer = buffer;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// A snapshot stands for everything: the log before it goes once the snapshot is on disk.
+    fn remove_replaced(&mut self) {
+        let keep = self.inner.segments.len() - 1;
+        let old: Vec<Segment> = self.inner.segments.drain(..keep).collect();
+        let new = self.inner.segments.back().expect("the snapshot's");
+        let synced = new.file.sync_data().and_then(|()| {
+            new.path
+                .parent()
+                .map_or(Ok(()), |d| File::open(d)?.sync_all())
+        });
+        for s in old {
+            if let Err(e) = synced
+                .as_ref()
+                .map_err(|e| io::Error::new(e.kind(), e.to_string()))
+                .and_then(|()| fs::remove_file(&s.path))
+            {
+                // It is removed at the next start: a snapshot in a later segment replaces it.
+                tracing::warn!(path = %s.path.display(), error = %e, "replaced log segment not removed");
+            }
+        }
+    }
+}
+
+/// Extends the file so that commits change no metadata. A file system that cannot costs speed only.
+fn preallocate(seg: &mut Segment, end: u64) {
+    let step = seg.allocated.clamp(FIRST_ALLOCATION, SEGMENT_SIZE / 4);
+    let target = end.next_multiple_of(4096) + step;
+    // SAFETY: plain system call on a descriptor that `seg` keeps open.
+    let r = unsafe {
+        libc::posix_fallocate(
+            std::os::fd::AsRawFd::as_raw_fd(&*seg.file),
+            0,
+            target as libc::off_t,
+        )
+    };
+    if r == 0 {
+        seg.allocated = target;
+    }
+}
+
+impl Write for Appender<'_> {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.buffer.extend_from_slice(buf);
+        self.crc.update(buf);
+        self.length += buf.len() as u64;
+        if self.buffer.len() >= WRITE_BUFFER {
+            self.write_out()?;
+        }
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}

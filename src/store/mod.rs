@@ -1,0 +1,460 @@
+//! The databases of a node: capture, log, apply, recover, snapshot, retention.
+//!
+//! Blocking code with short critical sections, one lock a database; it knows `ltx` and `sqlite`
+//! and nobody else. The FUSE layer above translates requests to [`Store`]'s and [`Database`]'s
+//! operations and implements [`front::Front`] for what the store needs of it.
+//!
+//! The log (`log`, `segment`) is the truth; see those and `database` for the invariants.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use parking_lot::{Mutex, RwLock};
+use tokio::sync::broadcast;
+
+use crate::ltx::Pos;
+
+mod capture;
+mod checkpoint;
+mod context;
+mod database;
+mod error;
+mod files;
+pub mod front;
+mod index;
+mod litefs;
+mod log;
+mod names;
+mod overlay;
+mod receive;
+mod records;
+mod recover;
+mod replica;
+mod replica_wal;
+mod rollback;
+pub mod segment;
+mod shm;
+mod snapshot;
+mod sums;
+mod super_journal;
+#[cfg(test)]
+mod tests;
+mod wal;
+
+pub use context::{Event, Options, Subscription};
+pub use database::{Counters, Database, DbFile, FileKind};
+pub use error::StoreError;
+pub use files::Done;
+pub use log::LogStats;
+pub use names::{Name, check_database};
+pub use receive::Received;
+pub use records::{Next, Record};
+pub use snapshot::Snapshot;
+pub use super_journal::SuperJournal;
+
+use context::{Context, Job};
+
+/// What this node is in its cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It writes.
+    Primary,
+    /// It follows the primary of this host name, or looks for one.
+    Replica {
+        /// The primary's host name.
+        hostname: Option<String>,
+    },
+}
+
+/// Lag of a replica that has never been in step.
+const NEVER_IN_STEP: i64 = i64::MIN;
+
+/// All databases of a node.
+pub struct Store {
+    context: Arc<Context>,
+    databases: RwLock<BTreeMap<String, Arc<Database>>>,
+    super_journals: Mutex<HashMap<String, Arc<SuperJournal>>>,
+    role: RwLock<Role>,
+    cluster_id: RwLock<Option<String>>,
+    /// Locked as long as the node lives: two nodes on one directory would destroy it.
+    _lock: fs::File,
+    /// The primary's time as of which this node has everything, ms since the Unix epoch.
+    in_step_at: AtomicI64,
+}
+
+impl Store {
+    /// Opens the data directory, making it if it is missing, and recovers every database in it.
+    /// The node is a replica without a primary until [`Store::set_role`].
+    ///
+    /// # Errors
+    /// Of the directory itself; a single database that is damaged is set aside and logged.
+    pub fn open(options: Options) -> Result<Arc<Store>, StoreError> {
+        let dir = options.data_dir.clone();
+        let dbs = dir.join("dbs");
+        fs::create_dir_all(&dbs).map_err(StoreError::io("create data directory", &dbs))?;
+        let lock = lock_directory(&dir)?;
+        let context = Context::start(options);
+        let store = Store {
+            cluster_id: RwLock::new(read_cluster_id(&dir)?),
+            context,
+            _lock: lock,
+            databases: RwLock::default(),
+            super_journals: Mutex::default(),
+            role: RwLock::new(Role::Replica { hostname: None }),
+            in_step_at: AtomicI64::new(NEVER_IN_STEP),
+        };
+        store.open_databases(&dbs)?;
+        Ok(Arc::new(store))
+    }
+
+    fn open_databases(&self, dbs: &Path) -> Result<(), StoreError> {
+        for entry in fs::read_dir(dbs).map_err(StoreError::io("list databases in", dbs))? {
+            let entry = entry.map_err(StoreError::io("list databases in", dbs))?;
+            let path = entry.path();
+            let name = entry
+                .file_name()
+                .to_str()
+                .map(str::to_owned)
+                .filter(|n| check_database(n).is_ok());
+            let (true, Some(name)) = (path.is_dir(), name) else {
+                tracing::warn!(path = %path.display(), "not a database: left alone");
+                continue;
+            };
+            match recover::open(&self.context, &name, &path)? {
+                Some(db) => {
+                    self.databases.write().insert(name, db);
+                }
+                // Created and never written, or the rest of a failed creation. Only empty ones go.
+                None => remove_empty(&path),
+            }
+        }
+        Ok(())
+    }
+
+    /// Random, new at every start.
+    pub fn node_id(&self) -> u64 {
+        self.context.node_id
+    }
+
+    fn data_dir(&self) -> &Path {
+        &self.context.options.data_dir
+    }
+
+    /// The cluster that this data directory belongs to, once it belongs to one.
+    pub fn cluster_id(&self) -> Option<String> {
+        self.cluster_id.read().clone()
+    }
+
+    /// Joins a cluster, for ever: the ID is kept in the data directory.
+    ///
+    /// # Errors
+    /// If it belongs to another one, or the file cannot be written.
+    pub fn set_cluster_id(&self, id: &str) -> Result<(), StoreError> {
+        let mut current = self.cluster_id.write();
+        match &*current {
+            Some(have) if have == id => return Ok(()),
+            Some(have) => {
+                return Err(StoreError::ClusterId {
+                    have: have.clone(),
+                    other: id.to_owned(),
+                });
+            }
+            None => {}
+        }
+        write_cluster_id(self.data_dir(), id)?;
+        *current = Some(id.to_owned());
+        Ok(())
+    }
+
+    /// All databases, dropped ones included.
+    pub fn databases(&self) -> Vec<Arc<Database>> {
+        self.databases.read().values().cloned().collect()
+    }
+
+    /// The database of this name.
+    pub fn database(&self, name: &str) -> Option<Arc<Database>> {
+        self.databases.read().get(name).cloned()
+    }
+
+    /// The database of this name, made if there is none; it has no file yet.
+    pub fn database_or_new(&self, name: &str) -> Result<Arc<Database>, StoreError> {
+        check_database(name)?;
+        if let Some(db) = self.database(name) {
+            return Ok(db);
+        }
+        let mut databases = self.databases.write();
+        if let Some(db) = databases.get(name) {
+            return Ok(db.clone());
+        }
+        let db = self.new_database(name)?;
+        databases.insert(name.to_owned(), db.clone());
+        Ok(db)
+    }
+
+    fn new_database(&self, name: &str) -> Result<Arc<Database>, StoreError> {
+        let dir = self.data_dir().join("dbs").join(name);
+        let age = (self.context.options.retention / 4).max(std::time::Duration::from_millis(100));
+        let log = log::Log::open(&dir.join("log"), age, 0)?;
+        Ok(Database::empty(&self.context, name, &dir, log))
+    }
+
+    /// The same for the applier; a database that is set aside gives way to a snapshot.
+    fn database_for_apply(&self, name: &str, snapshot: bool) -> Result<Arc<Database>, StoreError> {
+        let db = self.database_or_new(name)?;
+        let Some(reason) = db.broken().filter(|_| snapshot) else {
+            return Ok(db);
+        };
+        let aside = self.data_dir().join("set-aside");
+        let target = aside.join(format!("{name}-{}", database::now_ms()));
+        tracing::warn!(db = name, reason, kept = %target.display(), "the primary's database takes the place of a damaged one");
+        let from = self.data_dir().join("dbs").join(name);
+        fs::create_dir_all(&aside).map_err(StoreError::io("create", &aside))?;
+        let mut databases = self.databases.write();
+        db.abandon_files();
+        fs::rename(&from, &target).map_err(StoreError::io("set aside", &from))?;
+        let new = self.new_database(name)?;
+        databases.insert(name.to_owned(), new.clone());
+        Ok(new)
+    }
+
+    /// A name under which nothing came to be is no database.
+    fn forget_if_nothing(&self, db: &Arc<Database>) {
+        let mut databases = self.databases.write();
+        let nothing = db.pos().is_zero() && db.is_nothing();
+        if nothing && databases.get(db.name()).is_some_and(|d| Arc::ptr_eq(d, db)) {
+            databases.remove(db.name());
+            remove_empty(&self.data_dir().join("dbs").join(db.name()));
+        }
+    }
+
+    /// Positions of all databases that have had a transaction. What is applied is flushed first.
+    pub fn positions(&self) -> BTreeMap<String, Pos> {
+        let mut positions = BTreeMap::new();
+        for db in self.databases() {
+            db.settle();
+            let pos = db.pos();
+            if !pos.is_zero() && db.broken().is_none() {
+                positions.insert(db.name().to_owned(), pos);
+            }
+        }
+        positions
+    }
+
+    /// Databases that change from now on.
+    pub fn subscribe(&self) -> Subscription {
+        self.context.subscribe()
+    }
+
+    /// Events from now on. A listener that falls 1,024 behind misses some, and is told so.
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        self.context.listen()
+    }
+
+    /// What this node is.
+    pub fn role(&self) -> Role {
+        self.role.read().clone()
+    }
+
+    /// Whether applications may commit transactions at this moment.
+    pub fn is_writable(&self) -> bool {
+        self.context.is_writable()
+    }
+
+    /// The data directory's file system.
+    pub fn statvfs(&self) -> io::Result<libc::statvfs> {
+        use std::os::unix::ffi::OsStrExt;
+        let path = std::ffi::CString::new(self.data_dir().as_os_str().as_bytes())?;
+        // SAFETY: all zeros is a valid `statvfs`, which the call fills; the path outlives it.
+        unsafe {
+            let mut s: libc::statvfs = std::mem::zeroed();
+            if libc::statvfs(path.as_ptr(), &mut s) == 0 {
+                Ok(s)
+            } else {
+                Err(io::Error::last_os_error())
+            }
+        }
+    }
+
+    /// Changes what this node is: who may write, and what the mount shows.
+    pub fn set_role(&self, role: Role) {
+        let mut current = self.role.write();
+        let old = std::mem::replace(&mut *current, role.clone());
+        let is_primary = role == Role::Primary;
+        self.context.set_writable(is_primary);
+        drop(current);
+        let hostname = match &role {
+            Role::Replica { hostname } => hostname.clone(),
+            Role::Primary => None,
+        };
+        if !is_primary {
+            self.prepare_replicas();
+        }
+        if old == role {
+            return;
+        }
+        let mut names = vec![".primary".to_owned(), ".lag".to_owned()];
+        if (old == Role::Primary) != is_primary {
+            // Modes are others now.
+            names.extend(self.databases().iter().flat_map(|d| d.mount_names()));
+        }
+        self.context.keep(Job::InvalidateEntries(names));
+        self.context.publish(Event::PrimaryChange {
+            is_primary,
+            hostname,
+        });
+    }
+
+    fn prepare_replicas(&self) {
+        for db in self.databases() {
+            if let Err(e) = db.prepare_replica() {
+                tracing::error!(db = db.name(), error = %e, "replica cannot be read in WAL mode");
+            }
+        }
+    }
+
+    /// Sets or takes away the mount.
+    pub fn set_front(&self, front: Option<Arc<dyn front::Front>>) {
+        if front.is_none() {
+            self.databases().iter().for_each(|d| d.release_locks());
+        }
+        self.context.set_front(front);
+    }
+
+    /// The primary's clock, at a moment when this replica had all that the primary had.
+    pub fn note_in_step(&self, timestamp_ms: i64) {
+        self.in_step_at.store(timestamp_ms, Ordering::Release);
+    }
+
+    /// How far this node is behind the primary, in ms: 0 on the primary, `None` before the first sync.
+    pub fn lag(&self) -> Option<i64> {
+        if self.role() == Role::Primary {
+            return Some(0);
+        }
+        match self.in_step_at.load(Ordering::Acquire) {
+            NEVER_IN_STEP => None,
+            at => Some((database::now_ms() - at).max(0)),
+        }
+    }
+
+    /// The primary's time that [`Store::lag`] counts from, ms since the Unix epoch.
+    pub fn in_step_at(&self) -> Option<i64> {
+        Some(self.in_step_at.load(Ordering::Acquire)).filter(|t| *t != NEVER_IN_STEP)
+    }
+
+    /// Removes log records that are older than the retention, in every database.
+    pub fn prune(&self) {
+        for db in self.databases() {
+            if let Err(e) = db.prune_log(self.context.options.retention) {
+                tracing::warn!(db = db.name(), error = %e, "old transactions not removed");
+            }
+        }
+    }
+
+    /// Brings every database to rest: everything in the database files, and saved so that the next
+    /// start has nothing to redo. The mount must be gone, or nobody writing.
+    pub fn close(&self) {
+        self.context.set_writable(false);
+        for db in self.databases() {
+            if db.broken().is_some() {
+                continue;
+            }
+            if let Err(e) = db.close() {
+                tracing::warn!(db = db.name(), error = %e, "not closed cleanly: the next start recovers it");
+            }
+        }
+    }
+
+    /// Names in the mount's root: databases that have a page, and their files.
+    pub fn list(&self) -> Vec<(String, u64)> {
+        let mut names = Vec::new();
+        for db in self.databases().into_iter().filter(|d| d.page_count() > 0) {
+            names.push((format!("{}-pos", db.name()), db.pos_ino));
+            for kind in [
+                FileKind::Database,
+                FileKind::Journal,
+                FileKind::Wal,
+                FileKind::Shm,
+            ] {
+                names.extend(db.file(kind).map(|f| (db.mount_name(kind), f.ino)));
+            }
+        }
+        names.extend(
+            self.super_journals
+                .lock()
+                .iter()
+                .map(|(n, j)| (n.clone(), j.ino)),
+        );
+        names
+    }
+
+    /// Names of databases, for those who compare nodes.
+    pub fn names(&self) -> BTreeSet<String> {
+        self.databases.read().keys().cloned().collect()
+    }
+}
+
+fn lock_directory(dir: &Path) -> Result<fs::File, StoreError> {
+    let file = fs::File::open(dir).map_err(StoreError::io("open data directory", dir))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => Err(StoreError::InUse(dir.to_owned())),
+        Err(fs::TryLockError::Error(e)) => Err(StoreError::io("lock data directory", dir)(e)),
+    }
+}
+
+/// Removes a directory and those in it that are empty; files are never removed by it, except
+/// an empty database.
+fn remove_empty(path: &Path) {
+    for file in ["database", "journal", "wal", "shm"] {
+        let file = path.join(file);
+        if fs::metadata(&file).is_ok_and(|m| m.len() == 0) {
+            let _ = fs::remove_file(&file);
+        }
+    }
+    // What is not empty stays, and is looked at again at the next start.
+    for dir in [path.join("log"), path.join("ltx"), path.to_owned()] {
+        let _ = fs::remove_dir(dir);
+    }
+}
+
+fn cluster_id_path(dir: &Path) -> PathBuf {
+    dir.join("clusterid")
+}
+
+fn read_cluster_id(dir: &Path) -> Result<Option<String>, StoreError> {
+    let path = cluster_id_path(dir);
+    match fs::read_to_string(&path) {
+        Ok(s) => {
+            let id = s.trim_end().to_owned();
+            let valid = id.len() == 20
+                && id.starts_with("LFSC")
+                && id[4..].bytes().all(|b| b.is_ascii_hexdigit());
+            if valid {
+                Ok(Some(id))
+            } else {
+                Err(StoreError::corrupt(
+                    &path,
+                    "not a cluster ID (LFSC and 16 hex digits)",
+                ))
+            }
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(StoreError::io("read", &path)(e)),
+    }
+}
+
+fn write_cluster_id(dir: &Path, id: &str) -> Result<(), StoreError> {
+    let path = cluster_id_path(dir);
+    let write = || -> io::Result<()> {
+        let mut temp = tempfile::NamedTempFile::new_in(dir)?;
+        writeln!(temp, "{id}")?;
+        temp.as_file().sync_all()?;
+        temp.persist(&path)?;
+        fs::File::open(dir)?.sync_all()
+    };
+    write().map_err(StoreError::io("write", &path))
+}

@@ -1,0 +1,217 @@
+//! Receiving a transaction from the primary: read it whole, check it whole, then apply it.
+//!
+//! Nothing of the database is touched before the LTX file was read to its end, its checksums were
+//! found right, and it was found to follow this node's position.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::ltx::{self, Decoder, Header, Pos};
+use crate::sqlite::header::DbHeader;
+
+use super::Store;
+use super::capture::Captured;
+use super::database::Database;
+use super::error::StoreError;
+
+/// Bytes of a received file that are kept in memory; a larger one is spooled to disk.
+const SPOOL_MEMORY: usize = 8 << 20;
+
+/// What became of a received file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// It was applied, and this is the position now.
+    Applied(Pos),
+    /// It was made by this node, or is known already: nothing was to be done.
+    Known,
+}
+
+/// The bytes of an LTX file, checked.
+pub(super) struct Spool {
+    memory: Vec<u8>,
+    file: Option<File>,
+    dir: std::path::PathBuf,
+}
+
+impl Spool {
+    fn new(dir: &Path) -> Spool {
+        Spool {
+            memory: Vec::new(),
+            file: None,
+            dir: dir.to_owned(),
+        }
+    }
+
+    fn add(&mut self, data: &[u8]) -> io::Result<()> {
+        if self.file.is_none() && self.memory.len() + data.len() > SPOOL_MEMORY {
+            let mut file = tempfile::tempfile_in(&self.dir)?;
+            file.write_all(&self.memory)?;
+            self.memory = Vec::new();
+            self.file = Some(file);
+        }
+        match &mut self.file {
+            Some(file) => file.write_all(data),
+            None => {
+                self.memory.extend_from_slice(data);
+                Ok(())
+            }
+        }
+    }
+
+    /// The bytes from the beginning.
+    pub fn reader(&mut self) -> io::Result<Box<dyn Read + '_>> {
+        match &mut self.file {
+            Some(file) => {
+                file.seek(SeekFrom::Start(0))?;
+                Ok(Box::new(io::BufReader::with_capacity(256 << 10, file)))
+            }
+            None => Ok(Box::new(&self.memory[..])),
+        }
+    }
+}
+
+struct Tee<'a> {
+    from: &'a mut dyn Read,
+    spool: &'a mut Spool,
+}
+
+impl Read for Tee<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.from.read(buf)?;
+        self.spool.add(&buf[..n])?;
+        Ok(n)
+    }
+}
+
+/// A whole LTX file that is right in itself.
+pub(super) struct Incoming {
+    pub header: Header,
+    pub post_apply_checksum: u64,
+    /// Its pages with their checksums, ascending.
+    pub pages: Vec<(u32, u64)>,
+    /// What page 1 says of the journal mode, if page 1 is among them.
+    wal_mode: Option<bool>,
+    pub spool: Spool,
+}
+
+impl Incoming {
+    pub fn read(dir: &Path, from: &mut dyn Read, db: &str) -> Result<Incoming, StoreError> {
+        let context = || format!("transaction received for {db}");
+        let mut spool = Spool::new(dir);
+        let mut decoder = Decoder::new(Tee {
+            from,
+            spool: &mut spool,
+        })
+        .map_err(StoreError::ltx(context()))?;
+        let header = *decoder.header();
+        let mut page = vec![0u8; header.page_size as usize];
+        let mut pages = Vec::new();
+        let mut wal_mode = None;
+        while let Some(pgno) = decoder
+            .page(&mut page)
+            .map_err(StoreError::ltx(context()))?
+        {
+            if pgno == 1 {
+                wal_mode = DbHeader::parse(&page).ok().map(|h| h.is_wal());
+            }
+            pages.push((pgno, ltx::page_checksum(pgno, &page)));
+        }
+        let (_, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
+        ltx::check_transition(&header, &trailer, pages.len() as u32)
+            .map_err(StoreError::ltx(context()))?;
+        Ok(Incoming {
+            header,
+            post_apply_checksum: trailer.post_apply_checksum,
+            pages,
+            wal_mode,
+            spool,
+        })
+    }
+
+    pub fn pos(&self) -> Pos {
+        Pos {
+            txid: self.header.max_txid,
+            checksum: self.post_apply_checksum,
+        }
+    }
+
+    pub fn captured(&self, was_wal: bool) -> Captured {
+        Captured {
+            changed: self.pages.clone(),
+            page_size: self.header.page_size,
+            commit: self.header.commit,
+            wal_mode: self.wal_mode.unwrap_or(was_wal) && self.header.commit > 0,
+            pos: self.pos(),
+            timestamp: self.header.timestamp,
+        }
+    }
+}
+
+impl Store {
+    /// Reads exactly one LTX file, and applies it. Blocks: on the reader, on the disk, and in the
+    /// rollback modes on applications that read, for a bounded time.
+    ///
+    /// # Errors
+    /// [`StoreError::PositionMismatch`] if it does not follow this node's position (a snapshot
+    /// always does); the file was read to its end then. Nothing is changed on any error.
+    pub fn receive(&self, name: &str, from: &mut dyn Read) -> Result<Received, StoreError> {
+        super::names::check_database(name)?;
+        let incoming = Incoming::read(self.data_dir(), from, name)?;
+        if incoming.header.node_id == self.node_id() && !incoming.header.is_snapshot() {
+            return Ok(Received::Known);
+        }
+        let db = self.database_for_apply(name, incoming.header.is_snapshot())?;
+        let result = db.apply(incoming);
+        self.forget_if_nothing(&db);
+        result
+    }
+}
+
+impl Database {
+    /// Whether the file follows the position that the database is at.
+    pub(super) fn check_follows(&self, incoming: &Incoming) -> Result<(), StoreError> {
+        let st = self.lock();
+        if incoming.header.is_snapshot() {
+            return Ok(());
+        }
+        self.check_usable(&st)?;
+        let need = incoming.header.pre_apply_pos();
+        if need != st.pos {
+            return Err(StoreError::PositionMismatch {
+                db: self.name.clone(),
+                have: st.pos,
+                need,
+            });
+        }
+        if incoming.header.page_size == st.page_size {
+            let expected = st
+                .sums
+                .checksum_with(&incoming.pages, incoming.header.commit);
+            let found = incoming.post_apply_checksum;
+            if expected != found && incoming.header.commit > 0 {
+                let source = crate::ltx::LtxError::PostApplyChecksum { expected, found };
+                return Err(StoreError::Ltx {
+                    context: format!(
+                        "transaction {:016x} of {}",
+                        incoming.header.max_txid, self.name
+                    ),
+                    source,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Applies a checked file; see the `replica` module for how.
+    fn apply(self: &Arc<Self>, mut incoming: Incoming) -> Result<Received, StoreError> {
+        let mut locks = self.replica.lock();
+        if incoming.pos() == self.lock().pos {
+            return Ok(Received::Known);
+        }
+        self.check_follows(&incoming)?;
+        self.apply_incoming(&mut locks, &mut incoming)?;
+        Ok(Received::Applied(incoming.pos()))
+    }
+}

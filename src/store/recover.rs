@@ -1,0 +1,289 @@
+//! Opening a database: redo.
+//!
+//! The database file as of the saved position, then every record of the log after it, whole pages,
+//! in order: the result is the newest logged transaction, whatever the crash left in the file.
+//! Journal, WAL and index are then of no use and removed: what they hold beyond the log was never
+//! acknowledged, because a commit is logged before it is answered. In the rollback modes, pages of
+//! a transaction that was not logged never reached the file.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::ltx::{self, Decoder, Pos};
+use crate::sqlite::header::{self, DbHeader};
+
+use super::context::Context;
+use super::database::{Database, FileKind, State, read_or_zeros};
+use super::error::StoreError;
+use super::litefs;
+use super::log::Log;
+use super::sums::{self, PageSums, SumsHeader};
+
+/// Databases up to this size are read and compared with their checksums at every start.
+const VERIFY_UP_TO: u64 = 16 << 20;
+
+/// Opens the database in `dir`. `None`: there is nothing in it. A database that cannot be
+/// recovered is returned set aside, with the reason logged; its files are left as they are.
+pub(super) fn open(
+    context: &Arc<Context>,
+    name: &str,
+    dir: &Path,
+) -> Result<Option<Arc<Database>>, StoreError> {
+    let segment_age = (context.options.retention / 4).max(Duration::from_millis(100));
+    let saved = sums::load(&dir.join("checksums"));
+    let verified = saved
+        .as_ref()
+        .ok()
+        .and_then(|s| s.as_ref())
+        .map_or(0, |(h, _)| h.pos.txid);
+    let log = match Log::open(&dir.join("log"), segment_age, verified) {
+        Ok(log) => log,
+        Err(e) => {
+            let db = Database::empty(
+                context,
+                name,
+                dir,
+                Log::unusable(&dir.join("log"), segment_age),
+            );
+            db.set_broken(&mut db.lock(), e.to_string());
+            return Ok(Some(db));
+        }
+    };
+    let db = Database::empty(context, name, dir, log);
+    let outcome = saved.and_then(|saved| {
+        let foreign =
+            litefs::newest(&dir.join("ltx"))?.filter(|(_, max)| *max > db.log().last_txid());
+        match foreign {
+            Some(_) => litefs::carry_over(&db).map(|()| true),
+            None => db.recover(saved),
+        }
+    });
+    match outcome {
+        Ok(true) => {}
+        Ok(false) => return Ok(None),
+        Err(e) => db.set_broken(&mut db.lock(), e.to_string()),
+    }
+    db.publish_opened();
+    Ok(Some(db))
+}
+
+impl Database {
+    /// False: there is nothing to recover.
+    fn recover(
+        self: &Arc<Self>,
+        saved: Option<(SumsHeader, PageSums)>,
+    ) -> Result<bool, StoreError> {
+        let path = self.path(FileKind::Database);
+        let (saved, sums) = saved.unwrap_or_default();
+        if saved.pos.txid == 0 && self.log().last_txid() == 0 {
+            if fs::metadata(&path).is_ok_and(|m| m.len() > 0) {
+                return Err(StoreError::corrupt(
+                    &path,
+                    "a database file without a transaction log: nothing tells what it should be. Move it away, and load it through SQLite (.dump) or restore its log",
+                ));
+            }
+            return Ok(false);
+        }
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(StoreError::io("open database", &path))?;
+        let mut st = self.lock();
+        st.saved = saved;
+        st.pos = saved.pos;
+        st.page_size = saved.page_size;
+        st.page_count = saved.pages;
+        st.sums = sums;
+        let redone = self.redo(&mut st, &file)?;
+        self.finish_recovery(&mut st, file)?;
+        drop(st);
+        self.remove_leftovers()?;
+        if redone {
+            self.checkpoint()?;
+        }
+        Ok(true)
+    }
+
+    /// Applies every record after the saved position to the file. True if there was any.
+    fn redo(&self, st: &mut State, file: &File) -> Result<bool, StoreError> {
+        let last = self.log().last_txid();
+        let mut next = self.redo_start(st)?;
+        let redone = next <= last;
+        while next <= last {
+            let Some(record) = self.log().read(next)? else {
+                return Err(StoreError::corrupt(
+                    self.dir.join("log"),
+                    format!("transaction {next:016x} is missing from the log"),
+                ));
+            };
+            let max = record.header.max_txid;
+            let context = format!("{}, transaction {max:016x}", record.path.display());
+            let reader = std::io::BufReader::with_capacity(256 << 10, record.body);
+            self.redo_record(
+                st,
+                file,
+                Decoder::new(reader).map_err(StoreError::ltx(&context))?,
+                &context,
+            )?;
+            next = max + 1;
+        }
+        Ok(redone)
+    }
+
+    /// Where to begin: after the saved position if the log goes on from it, else at a snapshot.
+    fn redo_start(&self, st: &State) -> Result<u64, StoreError> {
+        let (log, saved) = (self.log(), st.saved.pos);
+        let (first, last) = (log.first_txid(), log.last_txid());
+        if saved.txid > 0 && saved.txid <= last {
+            let follows = match log.read(saved.txid + 1)? {
+                Some(mut record) => {
+                    let mut head = [0u8; ltx::HEADER_SIZE];
+                    std::io::Read::read_exact(&mut record.body, &mut head)
+                        .map_err(StoreError::io("read log segment", &record.path))?;
+                    let header = ltx::Header::decode(&head)
+                        .map_err(StoreError::ltx(record.path.display().to_string()))?;
+                    header.pre_apply_checksum == saved.checksum
+                }
+                None => saved.txid == last,
+            };
+            if follows {
+                return Ok(saved.txid + 1);
+            }
+        }
+        if first == 1 {
+            return Ok(1);
+        }
+        let what = format!(
+            "the log holds transactions {first:016x} to {last:016x}, and the database was saved at {saved}: they do not meet"
+        );
+        Err(StoreError::corrupt(self.dir.join("log"), what))
+    }
+
+    fn redo_record<R: std::io::Read>(
+        &self,
+        st: &mut State,
+        file: &File,
+        mut decoder: Decoder<R>,
+        context: &str,
+    ) -> Result<(), StoreError> {
+        let path = self.path(FileKind::Database);
+        let h = *decoder.header();
+        if h.is_snapshot() || h.page_size != st.page_size {
+            st.sums = PageSums::default();
+        }
+        if !h.is_snapshot() && h.pre_apply_pos() != st.pos {
+            return Err(StoreError::corrupt(
+                &path,
+                format!(
+                    "{context} follows {}, the database is at {}",
+                    h.pre_apply_pos(),
+                    st.pos
+                ),
+            ));
+        }
+        st.sums.resize(h.commit);
+        let mut page = vec![0u8; h.page_size as usize];
+        while let Some(pgno) = decoder.page(&mut page).map_err(StoreError::ltx(context))? {
+            file.write_all_at(&page, u64::from(pgno - 1) * u64::from(h.page_size))
+                .map_err(StoreError::io("write database", &path))?;
+            st.sums.set(pgno, ltx::page_checksum(pgno, &page));
+        }
+        let (_, trailer) = decoder.finish().map_err(StoreError::ltx(context))?;
+        st.pos = Pos {
+            txid: h.max_txid,
+            checksum: trailer.post_apply_checksum,
+        };
+        (st.page_size, st.page_count, st.timestamp) = (h.page_size, h.commit, h.timestamp);
+        Ok(())
+    }
+
+    /// Checks what the redo made, and makes it the database's state.
+    pub(super) fn finish_recovery(&self, st: &mut State, file: File) -> Result<(), StoreError> {
+        let path = self.path(FileKind::Database);
+        if st.page_count == 0 {
+            drop(file);
+            fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+            st.page_size = 0;
+            return Ok(());
+        }
+        let size = st.committed_size();
+        let len = file
+            .metadata()
+            .map_err(StoreError::io("stat", &path))?
+            .len();
+        if len + u64::from(st.page_size) < size {
+            return Err(StoreError::corrupt(
+                &path,
+                format!(
+                    "{len} bytes long, {size} at its position {}: it was cut off",
+                    st.pos
+                ),
+            ));
+        }
+        if st.sums.recomputed() != st.pos.checksum {
+            let what = format!(
+                "its pages' checksums give {:016x}, its position is {}",
+                st.sums.recomputed(),
+                st.pos
+            );
+            return Err(StoreError::corrupt(&path, what));
+        }
+        file.set_len(size)
+            .map_err(StoreError::io("resize", &path))?;
+        let mut head = [0u8; header::HEADER_SIZE];
+        read_or_zeros(&file, 0, &mut head).map_err(StoreError::io("read", &path))?;
+        let h = DbHeader::parse(&head).map_err(|e| StoreError::corrupt(&path, e.to_string()))?;
+        st.wal_mode = h.is_wal();
+        (st.view_size, st.base_size, st.reserved) = (size, size, size);
+        if st.timestamp == 0 {
+            st.timestamp = file
+                .metadata()
+                .ok()
+                .and_then(|m| m.modified().ok())
+                .and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok())
+                .map_or(0, |d| d.as_millis() as i64);
+        }
+        self.adopt_file(st, FileKind::Database, file);
+        let verify = size <= VERIFY_UP_TO || self.context.options.strict_verify;
+        let checked = if verify {
+            self.verify_pages(st)
+        } else {
+            self.verify_first_page(st)
+        };
+        checked.inspect_err(|_| {
+            st.files.database = None;
+        })
+    }
+
+    fn verify_first_page(&self, st: &State) -> Result<(), StoreError> {
+        let mut page = vec![0u8; st.page_size as usize];
+        st.read_committed(self, 1, &mut page)?;
+        if ltx::page_checksum(1, &page) != st.sums.get(1) {
+            return Err(StoreError::corrupt(
+                self.path(FileKind::Database),
+                format!("page 1 is not that of position {}", st.pos),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Journal, WAL and index of the last run.
+    pub(super) fn remove_leftovers(&self) -> Result<(), StoreError> {
+        for kind in [FileKind::Journal, FileKind::Wal, FileKind::Shm] {
+            let path = self.path(kind);
+            match fs::remove_file(&path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(StoreError::io("remove", &path)(e));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,489 @@
+//! Applying the primary's transactions while applications read.
+//!
+//! Which way is taken is a matter of this node's files, not of the header's journal mode: while
+//! there is a WAL, transactions are appended to it, and readers keep their snapshots; without one,
+//! pages are written in place under SQLite's exclusive lock, which waits for readers. When the
+//! primary has left WAL mode, the WAL is given up as soon as no connection uses it.
+//!
+//! Order, so that a crash at any point leaves what recovery can redo: locks; the record in the
+//! log (flushed before pages are written in place); pages; the kernel's caches; then the lock is
+//! given up, or the WAL index published, and readers see the transaction.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::ltx::Decoder;
+use crate::sqlite::locks::{self, LockGuard, LockKind};
+
+use super::capture::Captured;
+use super::database::{Database, FileKind, State};
+use super::error::StoreError;
+use super::receive::Incoming;
+use super::shm::SharedIndex;
+
+/// How long an apply waits for readers, holding new ones up, before it gives up for this time.
+const READER_WAIT: Duration = Duration::from_secs(10);
+/// Up to this many pages are invalidated one by one, more at once.
+const SINGLE_INVALIDATIONS: usize = 64;
+
+/// What the applier holds open in the mount.
+#[derive(Default)]
+pub(super) struct ReplicaLocks {
+    /// The database, with its inode number.
+    database: Option<(u64, File)>,
+    pub shm: Option<SharedIndex>,
+}
+
+impl ReplicaLocks {
+    /// Lets go of everything: the files were replaced, or the mount ends.
+    pub fn close(&mut self, db: &Database) {
+        if let Some(shm) = self.shm.take() {
+            shm.close(db);
+        }
+        self.database = None;
+    }
+
+    /// The database file in the mount.
+    fn database(&mut self, db: &Database, ino: u64) -> Result<&File, StoreError> {
+        if self.database.as_ref().is_none_or(|(i, _)| *i != ino) {
+            self.close(db);
+            let file = db
+                .open_in_mount(FileKind::Database)
+                .map_err(StoreError::io("open", db.mount_name(FileKind::Database)))?;
+            self.database = Some((ino, file));
+        }
+        self.database
+            .as_ref()
+            .map(|(_, f)| f)
+            .ok_or_else(|| StoreError::NoDatabase(db.name.clone()))
+    }
+
+    /// Has the WAL index open, and the database locked shared as every connection in WAL mode does.
+    pub fn open_wal(&mut self, db: &Arc<Database>, ino: u64) -> Result<(), StoreError> {
+        let shm = db.create(FileKind::Shm, true)?;
+        if self
+            .shm
+            .as_ref()
+            .is_some_and(|s| s.ino == shm.ino && !shm.is_deleted())
+            && self.database.as_ref().is_some_and(|(i, _)| *i == ino)
+        {
+            return Ok(());
+        }
+        let file = self.database(db, ino)?;
+        let deadline = Instant::now() + READER_WAIT;
+        let locked = locks::lock_until(
+            file.as_fd(),
+            LockKind::Shared,
+            locks::SHARED_FIRST,
+            locks::SHARED_SIZE,
+            deadline,
+        )
+        .map_err(StoreError::io("lock", db.mount_name(FileKind::Database)))?;
+        if !locked {
+            return Err(lock_timeout(db, "a shared lock"));
+        }
+        if let Some(front) = db.context.front() {
+            front.invalidate_entry(&db.mount_name(FileKind::Shm));
+        }
+        self.shm = Some(SharedIndex::open(db, shm.ino)?);
+        Ok(())
+    }
+}
+
+fn lock_timeout(db: &Database, lock: &'static str) -> StoreError {
+    StoreError::LockTimeout {
+        db: db.name.clone(),
+        lock,
+        seconds: READER_WAIT.as_secs(),
+    }
+}
+
+/// SQLite's exclusive lock on the database file, PENDING first so that new readers wait.
+struct Exclusive<'a> {
+    file: &'a File,
+    /// What to leave behind: a connection in WAL mode keeps its shared lock.
+    keep_shared: bool,
+}
+
+impl<'a> Exclusive<'a> {
+    fn acquire(
+        db: &Database,
+        file: &'a File,
+        deadline: Instant,
+        keep_shared: bool,
+    ) -> Result<Exclusive<'a>, StoreError> {
+        let exclusive = Exclusive { file, keep_shared };
+        for (start, len, name) in [
+            (locks::RESERVED_BYTE, 1, "the RESERVED lock"),
+            (locks::PENDING_BYTE, 1, "the PENDING lock"),
+            (
+                locks::SHARED_FIRST,
+                locks::SHARED_SIZE,
+                "readers to end, for an exclusive lock",
+            ),
+        ] {
+            let locked = locks::lock_until(file.as_fd(), LockKind::Exclusive, start, len, deadline)
+                .map_err(StoreError::io("lock", db.mount_name(FileKind::Database)))?;
+            if !locked {
+                return Err(lock_timeout(db, name));
+            }
+        }
+        Ok(exclusive)
+    }
+}
+
+impl Drop for Exclusive<'_> {
+    fn drop(&mut self) {
+        let fd = self.file.as_fd();
+        // Failures cannot be acted on; the locks go with the descriptor at the latest.
+        let _ = if self.keep_shared {
+            locks::try_lock(
+                fd,
+                LockKind::Shared,
+                locks::SHARED_FIRST,
+                locks::SHARED_SIZE,
+            )
+            .map(|_| ())
+        } else {
+            locks::unlock(fd, locks::SHARED_FIRST, locks::SHARED_SIZE)
+        };
+        let _ = locks::unlock(fd, locks::PENDING_BYTE, 2);
+    }
+}
+
+impl Database {
+    /// Applies a file that follows the position; see the module.
+    pub(super) fn apply_incoming(
+        self: &Arc<Self>,
+        locks: &mut ReplicaLocks,
+        incoming: &mut Incoming,
+    ) -> Result<(), StoreError> {
+        let (exists, page_size, has_wal, was_wal, ino) = {
+            let st = self.lock();
+            let ino = st.files.database.as_ref().map_or(0, |f| f.ino);
+            (
+                st.page_count > 0 && st.broken.is_none(),
+                st.page_size,
+                st.files.wal.is_some(),
+                st.wal_mode,
+                ino,
+            )
+        };
+        let captured = incoming.captured(was_wal);
+        if captured.commit == 0 {
+            self.append_incoming(incoming, true)?;
+            locks.close(self);
+            return self.apply_drop(&captured);
+        }
+        if !exists {
+            self.append_incoming(incoming, true)?;
+            locks.close(self);
+            self.apply_new(&captured, incoming)?;
+        } else {
+            if has_wal && page_size != captured.page_size {
+                self.leave_wal(locks, ino, Instant::now() + READER_WAIT)?;
+            }
+            if has_wal && page_size == captured.page_size {
+                self.apply_to_wal(locks, ino, &captured, incoming)?;
+            } else {
+                self.apply_in_place(locks, ino, &captured, incoming)?;
+            }
+        }
+        self.settle_mode(locks)
+    }
+
+    /// Has a WAL if the database asks for one, and gives up one that it asks for no more.
+    fn settle_mode(self: &Arc<Self>, locks: &mut ReplicaLocks) -> Result<(), StoreError> {
+        let (wal_mode, has_wal, ino) = {
+            let st = self.lock();
+            (
+                st.wal_mode,
+                st.files.wal.is_some(),
+                st.files.database.as_ref().map_or(0, |f| f.ino),
+            )
+        };
+        if wal_mode && !has_wal {
+            self.ensure_wal()?;
+        } else if !wal_mode && has_wal {
+            // While a connection is open in WAL mode it stays; the next transaction tries again.
+            match self.leave_wal(locks, ino, Instant::now()) {
+                Err(StoreError::LockTimeout { .. }) | Ok(()) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// A replica's database in WAL mode always has a WAL: readers cannot create one there.
+    pub(super) fn ensure_wal(self: &Arc<Self>) -> Result<(), StoreError> {
+        self.create(FileKind::Wal, true)?;
+        if let Some(front) = self.context.front() {
+            front.invalidate_entry(&self.mount_name(FileKind::Wal));
+            front.invalidate_entry(&self.mount_name(FileKind::Shm));
+        }
+        Ok(())
+    }
+
+    /// Puts the file's bytes into the log.
+    pub(super) fn append_incoming(
+        &self,
+        incoming: &mut Incoming,
+        flush: bool,
+    ) -> Result<(), StoreError> {
+        let header = incoming.header;
+        let mut appender = self.log().begin(header.min_txid, header.max_txid)?;
+        let copy = incoming
+            .spool
+            .reader()
+            .and_then(|mut r| std::io::copy(&mut r, &mut appender));
+        copy.map_err(StoreError::io("append to the log of", &self.dir))?;
+        appender.commit()?;
+        if flush {
+            self.log().flush_wait()
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Calls `each` for the file's pages, ascending.
+    pub(super) fn for_pages(
+        &self,
+        incoming: &mut Incoming,
+        mut each: impl FnMut(u32, &[u8]) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let context = || {
+            format!(
+                "transaction {:016x} of {}",
+                incoming.header.max_txid, self.name
+            )
+        };
+        let context = context();
+        let reader: Box<dyn Read + '_> = incoming
+            .spool
+            .reader()
+            .map_err(StoreError::io("read spooled transaction of", &self.dir))?;
+        let mut decoder = Decoder::new(reader).map_err(StoreError::ltx(&context))?;
+        let mut page = vec![0u8; decoder.header().page_size as usize];
+        while let Some(pgno) = decoder.page(&mut page).map_err(StoreError::ltx(&context))? {
+            each(pgno, &page)?;
+        }
+        Ok(())
+    }
+
+    fn apply_drop(self: &Arc<Self>, c: &Captured) -> Result<(), StoreError> {
+        let mut st = self.lock();
+        st.preserve_all(self)?;
+        self.remove_files(&mut st)?;
+        self.advance(&mut st, c);
+        st.page_size = 0;
+        st.broken = None;
+        drop(st);
+        self.publish_applied(c);
+        if let Some(front) = self.context.front() {
+            self.mount_names()
+                .iter()
+                .for_each(|n| front.invalidate_entry(n));
+        }
+        Ok(())
+    }
+
+    /// A database that nobody can have open.
+    fn apply_new(
+        self: &Arc<Self>,
+        c: &Captured,
+        incoming: &mut Incoming,
+    ) -> Result<(), StoreError> {
+        let mut st = self.lock();
+        self.remove_files(&mut st)?;
+        st.sums = Default::default();
+        st.saved = super::sums::SumsHeader {
+            sequence: st.saved.sequence,
+            ..Default::default()
+        };
+        let result = self
+            .create_file(&mut st, FileKind::Database)
+            .and_then(|_| self.write_pages(&mut st, c, incoming));
+        if let Err(e) = result {
+            self.set_broken(&mut st, e.to_string());
+            return Err(e);
+        }
+        st.broken = None;
+        self.after_advance(&mut st);
+        drop(st);
+        self.publish_applied(c);
+        if let Some(front) = self.context.front() {
+            self.mount_names()
+                .iter()
+                .for_each(|n| front.invalidate_entry(n));
+        }
+        Ok(())
+    }
+
+    fn apply_in_place(
+        self: &Arc<Self>,
+        locks: &mut ReplicaLocks,
+        ino: u64,
+        c: &Captured,
+        incoming: &mut Incoming,
+    ) -> Result<(), StoreError> {
+        let file = locks.database(self, ino)?;
+        let _exclusive = Exclusive::acquire(self, file, Instant::now() + READER_WAIT, false)?;
+        self.append_incoming(incoming, true)?;
+        let mut st = self.lock();
+        let same_size = st.page_size == c.page_size;
+        let written: Vec<u32> = c
+            .changed
+            .iter()
+            .filter(|(p, sum)| !same_size || st.sums.get(*p) != *sum)
+            .map(|(p, _)| *p)
+            .collect();
+        let shrunk = st.view_size > u64::from(c.commit) * u64::from(c.page_size);
+        if let Err(e) = self.write_pages(&mut st, c, incoming) {
+            self.set_broken(
+                &mut st,
+                format!("{e}: its log is whole, start the node anew once the cause is mended"),
+            );
+            return Err(e);
+        }
+        self.after_advance(&mut st);
+        drop(st);
+        self.publish_applied(c);
+        let whole = shrunk || !same_size;
+        self.invalidate_pages(ino, c.page_size, if whole { &[] } else { &written });
+        Ok(())
+    }
+
+    /// Writes the pages that differ into the database file, and moves the state on.
+    fn write_pages(
+        &self,
+        st: &mut State,
+        c: &Captured,
+        incoming: &mut Incoming,
+    ) -> Result<(), StoreError> {
+        let same_size = st.page_size == c.page_size;
+        if same_size {
+            st.preserve(
+                self,
+                c.changed
+                    .iter()
+                    .map(|(p, _)| *p)
+                    .chain(c.commit + 1..=st.page_count),
+            )?;
+        } else {
+            st.preserve_all(self)?;
+        }
+        let path = self.path(FileKind::Database);
+        let size = u64::from(c.commit) * u64::from(c.page_size);
+        self.reserve(st, size)?;
+        let file = st.database_file(&self.name)?;
+        let sums = &st.sums;
+        self.for_pages(incoming, |pgno, page| {
+            let changed = c
+                .changed
+                .binary_search_by_key(&pgno, |(p, _)| *p)
+                .map(|i| c.changed[i].1);
+            if same_size && changed == Ok(sums.get(pgno)) {
+                return Ok(());
+            }
+            file.file
+                .write_all_at(page, u64::from(pgno - 1) * u64::from(c.page_size))
+                .map_err(StoreError::io("write database", &path))
+        })?;
+        self.set_file_size(st, &file.file, size)?;
+        (st.view_size, st.base_size) = (size, size);
+        self.advance(st, c);
+        Ok(())
+    }
+
+    /// Tells the kernel that these pages changed; all of them, if none is named.
+    pub(super) fn invalidate_pages(&self, ino: u64, page_size: u32, pages: &[u32]) {
+        let Some(front) = self.context.front() else {
+            return;
+        };
+        if pages.is_empty() || pages.len() > SINGLE_INVALIDATIONS {
+            return front.invalidate_data(ino, 0, 0);
+        }
+        for pgno in pages {
+            front.invalidate_data(
+                ino,
+                u64::from(*pgno - 1) * u64::from(page_size),
+                u64::from(page_size),
+            );
+        }
+    }
+
+    /// The transaction is visible to readers: it may be told of once it is on disk.
+    pub(super) fn publish_applied(self: &Arc<Self>, c: &Captured) {
+        self.note_captured(c);
+        if self.log().flushed_txid() >= c.pos.txid {
+            self.note_flushed(c.pos.txid);
+        } else {
+            self.context.flush_soon(self);
+        }
+    }
+
+    /// Puts everything into the database file and removes the WAL, if no connection has the
+    /// database open in WAL mode until `deadline`.
+    fn leave_wal(
+        self: &Arc<Self>,
+        locks: &mut ReplicaLocks,
+        ino: u64,
+        deadline: Instant,
+    ) -> Result<(), StoreError> {
+        let had_index = locks.shm.is_some();
+        let file = locks.database(self, ino)?;
+        let exclusive = Exclusive::acquire(self, file, deadline, had_index)?;
+        self.log().flush_wait()?;
+        let mut st = self.lock();
+        self.backfill_all(&mut st)?;
+        let database = st.database_file(&self.name)?;
+        let size = st.committed_size();
+        self.set_file_size(&mut st, &database.file, size)?;
+        (st.view_size, st.base_size) = (size, size);
+        st.wal.reset();
+        for kind in [FileKind::Wal, FileKind::Shm] {
+            if let Some(f) = st.files.slot(kind).take() {
+                f.delete();
+                let path = self.path(kind);
+                std::fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+            }
+        }
+        drop(st);
+        if let Some(front) = self.context.front() {
+            front.invalidate_entry(&self.mount_name(FileKind::Wal));
+            front.invalidate_entry(&self.mount_name(FileKind::Shm));
+            front.invalidate_data(ino, 0, 0);
+        }
+        drop(exclusive);
+        locks.close(self);
+        Ok(())
+    }
+
+    /// After the role or the mount changed: nothing of the old one is held on to.
+    pub(super) fn release_locks(&self) {
+        self.replica.lock().close(self);
+    }
+}
+
+/// Takes a lock of the WAL index for as long as the guard lives.
+pub(super) fn index_lock<'a>(
+    db: &Database,
+    file: &'a File,
+    start: u64,
+    len: u64,
+    name: &'static str,
+) -> Result<LockGuard<'a>, StoreError> {
+    LockGuard::acquire(
+        file.as_fd(),
+        LockKind::Exclusive,
+        start,
+        len,
+        Instant::now() + READER_WAIT,
+    )
+    .map_err(StoreError::io("lock", db.mount_name(FileKind::Shm)))?
+    .ok_or_else(|| lock_timeout(db, name))
+}

@@ -1,0 +1,387 @@
+//! Capture in the rollback modes (DELETE, TRUNCATE, PERSIST).
+//!
+//! While the journal is active, what is written to the database goes to the overlay. The end of
+//! the journal, by unlink, truncation or zeroing of its header, is the commit point, and the answer
+//! to that request is the verdict: pages whose checksum changed are logged and flushed, then moved
+//! to the database file, then the journal ends and the request is answered. If anything fails
+//! before the record is flushed, the journal stays and SQLite rolls back with it.
+//!
+//! A journal that ends after the original pages were put back changed nothing, and is no
+//! transaction. The journal's own list of pages is never consulted: SQLite does not journal pages
+//! that were free.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use crate::ltx;
+use crate::sqlite::header::{self, DbHeader};
+
+use super::capture::{Captured, Shape, WalPlace};
+use super::database::{Database, FileKind, State, read_or_zeros};
+use super::error::StoreError;
+use super::files::Done;
+
+/// Largest step by which space for the database file is reserved ahead.
+const RESERVE_STEP: u64 = 16 << 20;
+
+/// How a journal ends.
+#[derive(Debug)]
+pub(super) enum JournalEnd {
+    /// Unlinked.
+    Unlink,
+    /// Cut to this many bytes.
+    Truncate(u64),
+    /// Its header overwritten with these bytes, at this offset.
+    Overwrite(u64, Vec<u8>),
+    /// It stays as it is: its super-journal ended.
+    SuperJournal,
+}
+
+impl Database {
+    /// Copies bytes of the database file as its writer sees them.
+    pub(super) fn read_view(&self, st: &State, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+        let from_file = usize::try_from(st.base_size.saturating_sub(offset))
+            .unwrap_or(usize::MAX)
+            .min(buf.len());
+        if from_file > 0 {
+            let Some(file) = &st.files.database else {
+                return Err(std::io::ErrorKind::NotFound.into());
+            };
+            read_or_zeros(&file.file, offset, &mut buf[..from_file])?;
+        }
+        buf[from_file..].fill(0);
+        st.overlay.read_over(offset, buf)
+    }
+
+    /// The journal now begins with a valid header: a transaction that writes the database file.
+    pub(super) fn begin_rollback(&self, st: &mut State) -> Result<(), StoreError> {
+        self.backfill_all(st)?;
+        st.journal_active = true;
+        Ok(())
+    }
+
+    /// Holds back a write to the database file.
+    pub(super) fn hold_back(
+        &self,
+        st: &mut State,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), StoreError> {
+        if st.overlay.is_empty() {
+            let written = data.len() as u32;
+            let size = match st.page_size {
+                0 if ltx::is_valid_page_size(written) => written,
+                0 => 4096,
+                size => size,
+            };
+            st.overlay.set_block_size(size);
+        }
+        let path = self.path(FileKind::Database);
+        let file = st.database_file(&self.name)?;
+        let base_size = st.base_size;
+        let base = |at: u64, block: &mut [u8]| {
+            let valid = usize::try_from(base_size.saturating_sub(at))
+                .unwrap_or(usize::MAX)
+                .min(block.len());
+            block[valid..].fill(0);
+            read_or_zeros(&file.file, at, &mut block[..valid])
+        };
+        st.overlay
+            .write(offset, data, base)
+            .map_err(StoreError::io("hold back a write to", &path))?;
+        st.view_size = st.view_size.max(offset + data.len() as u64);
+        Ok(())
+    }
+
+    /// The commit point.
+    pub(super) fn end_journal(self: &Arc<Self>, end: JournalEnd, done: Done) {
+        let mut st = self.lock();
+        let captured = match self.capture_rollback(&mut st) {
+            Ok(c) => c,
+            Err(e) => {
+                drop(st);
+                self.warn_rarely(&e);
+                return done(Err(e));
+            }
+        };
+        let Some(captured) = captured else {
+            let result = self
+                .discard_overlay(&mut st)
+                .and_then(|()| self.finish_journal(&mut st, end));
+            drop(st);
+            return done(result);
+        };
+        st.journal_active = false;
+        st.committing = true;
+        drop(st);
+        let db = self.clone();
+        self.log().flush(move |flushed| {
+            let mut st = db.lock();
+            st.committing = false;
+            let result = match flushed {
+                Ok(()) => db.apply_overlay(&mut st, &captured).and_then(|()| {
+                    db.note_flushed(captured.pos.txid);
+                    let ended = db.finish_journal(&mut st, end);
+                    db.after_advance(&mut st);
+                    ended
+                }),
+                Err(e) => {
+                    // SQLite goes on to roll back with its journal.
+                    st.journal_active = true;
+                    Err(StoreError::io("flush the log of", &db.dir)(e))
+                }
+            };
+            drop(st);
+            done(result);
+        });
+    }
+
+    /// Logs what changed since the journal began, if anything did.
+    fn capture_rollback(&self, st: &mut State) -> Result<Option<Captured>, StoreError> {
+        self.check_usable(st)?;
+        if st.view_size == 0 && st.page_count == 0 {
+            return Ok(None);
+        }
+        let shape = self.view_shape(st)?;
+        let same_pages = shape.page_size == st.page_size
+            || (st.page_size == 0 && st.overlay.block_size() == shape.page_size);
+        let changed = if same_pages {
+            self.changed_pages(st, shape)?
+        } else {
+            self.all_pages(st, shape)?
+        };
+        if changed.is_empty() && same_pages && shape.commit == st.page_count {
+            return Ok(None);
+        }
+        self.reserve(st, u64::from(shape.commit) * u64::from(shape.page_size))?;
+        let ps = u64::from(shape.page_size);
+        let captured =
+            self.append_transaction(st, changed, shape, WalPlace::default(), |pgno, page| {
+                self.read_view(st, u64::from(pgno - 1) * ps, page)
+                    .map_err(StoreError::io(
+                        "read database",
+                        self.path(FileKind::Database),
+                    ))
+            })?;
+        self.note_captured(&captured);
+        Ok(Some(captured))
+    }
+
+    /// What the written database is, by its own header.
+    fn view_shape(&self, st: &State) -> Result<Shape, StoreError> {
+        let path = self.path(FileKind::Database);
+        let mut head = [0u8; header::HEADER_SIZE];
+        self.read_view(st, 0, &mut head)
+            .map_err(StoreError::io("read database", &path))?;
+        let h = DbHeader::parse(&head)
+            .map_err(|e| self.refuse(format!("what was written is no SQLite database: {e}")))?;
+        let commit = h.pages(st.view_size);
+        let size = u64::from(commit) * u64::from(h.page_size);
+        if commit == 0 || size > st.view_size + u64::from(h.page_size) {
+            return Err(self.refuse(format!(
+                "its header says {commit} pages of {} bytes, the file has {} bytes",
+                h.page_size, st.view_size
+            )));
+        }
+        Ok(Shape {
+            page_size: h.page_size,
+            commit,
+            wal_mode: h.is_wal(),
+        })
+    }
+
+    fn changed_pages(&self, st: &State, shape: Shape) -> Result<Vec<(u32, u64)>, StoreError> {
+        let lock_page = ltx::lock_pgno(shape.page_size);
+        let old_pages = st.page_count.min(shape.commit);
+        let written = st
+            .overlay
+            .block_numbers()
+            .map(|n| n as u32 + 1)
+            .take_while(|p| *p <= old_pages);
+        let new = old_pages + 1..=shape.commit;
+        let mut page = vec![0u8; shape.page_size as usize];
+        let mut changed = Vec::new();
+        for pgno in written.chain(new).filter(|p| *p != lock_page) {
+            self.read_view(
+                st,
+                u64::from(pgno - 1) * u64::from(shape.page_size),
+                &mut page,
+            )
+            .map_err(StoreError::io(
+                "read database",
+                self.path(FileKind::Database),
+            ))?;
+            let sum = ltx::page_checksum(pgno, &page);
+            if pgno > st.page_count || sum != st.sums.get(pgno) {
+                changed.push((pgno, sum));
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Every page, for a transaction that changes their size.
+    fn all_pages(&self, st: &State, shape: Shape) -> Result<Vec<(u32, u64)>, StoreError> {
+        let lock_page = ltx::lock_pgno(shape.page_size);
+        let mut page = vec![0u8; shape.page_size as usize];
+        (1..=shape.commit)
+            .filter(|p| *p != lock_page)
+            .map(|pgno| {
+                self.read_view(
+                    st,
+                    u64::from(pgno - 1) * u64::from(shape.page_size),
+                    &mut page,
+                )
+                .map_err(StoreError::io(
+                    "read database",
+                    self.path(FileKind::Database),
+                ))?;
+                Ok((pgno, ltx::page_checksum(pgno, &page)))
+            })
+            .collect()
+    }
+
+    /// Makes sure that the database file can grow to `size`: once a transaction is logged,
+    /// writing it must not fail for want of space.
+    pub(super) fn reserve(&self, st: &mut State, size: u64) -> Result<(), StoreError> {
+        if size <= st.reserved {
+            return Ok(());
+        }
+        let file = st.database_file(&self.name)?;
+        let target = size + (size / 8).clamp(64 << 10, RESERVE_STEP);
+        let path = self.path(FileKind::Database);
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file.file);
+        // SAFETY: plain system call on a descriptor that `file` keeps open; KEEP_SIZE changes no bytes.
+        let r = unsafe { libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, 0, target as libc::off_t) };
+        if r != 0 {
+            let e = std::io::Error::last_os_error();
+            if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) {
+                return Err(StoreError::io("reserve space for", &path)(e));
+            }
+            // A file system that cannot reserve: space is found, or not, when it is written.
+        }
+        st.reserved = target;
+        Ok(())
+    }
+
+    /// Moves a logged transaction from the overlay to the file, and the state with it.
+    fn apply_overlay(&self, st: &mut State, c: &Captured) -> Result<(), StoreError> {
+        let path = self.path(FileKind::Database);
+        let write = |st: &mut State| -> Result<(), StoreError> {
+            if c.page_size == st.page_size {
+                st.preserve(
+                    self,
+                    c.changed
+                        .iter()
+                        .map(|(p, _)| *p)
+                        .chain(c.commit + 1..=st.page_count),
+                )?;
+            } else {
+                st.preserve(self, 1..=st.page_count)?;
+            }
+            let file = st.database_file(&self.name)?;
+            let size = u64::from(c.commit) * u64::from(c.page_size);
+            let bs = u64::from(st.overlay.block_size());
+            let mut block = vec![0u8; bs as usize];
+            for n in st.overlay.block_numbers().take_while(|n| n * bs < size) {
+                st.overlay
+                    .read_block(n, &mut block)
+                    .map_err(StoreError::io("read held-back pages of", &path))?;
+                file.file
+                    .write_all_at(&block, n * bs)
+                    .map_err(StoreError::io("write database", &path))?;
+            }
+            self.set_file_size(st, &file.file, st.view_size)
+        };
+        if let Err(e) = write(st) {
+            self.set_broken(
+                st,
+                format!("{e}: its log is whole, start the node anew once the cause is mended"),
+            );
+            return Err(e);
+        }
+        st.overlay.clear();
+        st.base_size = st.view_size;
+        self.advance(st, c);
+        Ok(())
+    }
+
+    /// Gives the database file this size. One that is right is left alone: truncation gives the
+    /// reserved space back.
+    pub(super) fn set_file_size(
+        &self,
+        st: &mut State,
+        file: &std::fs::File,
+        size: u64,
+    ) -> Result<(), StoreError> {
+        let resize = || -> std::io::Result<bool> {
+            let differs = file.metadata()?.len() != size;
+            if differs {
+                file.set_len(size)?;
+            }
+            Ok(differs)
+        };
+        if resize().map_err(StoreError::io(
+            "resize database",
+            self.path(FileKind::Database),
+        ))? {
+            st.reserved = size;
+        }
+        Ok(())
+    }
+
+    /// Nothing changed: what is held back equals what is there.
+    fn discard_overlay(&self, st: &mut State) -> Result<(), StoreError> {
+        st.overlay.clear();
+        st.view_size = st.view_size.max(st.committed_size());
+        if let Some(file) = st.files.database.clone() {
+            self.set_file_size(st, &file.file, st.view_size)?;
+        }
+        st.base_size = st.view_size;
+        Ok(())
+    }
+
+    /// Does to the journal what the application asked for.
+    fn finish_journal(&self, st: &mut State, end: JournalEnd) -> Result<(), StoreError> {
+        st.journal_active = false;
+        let path = self.path(FileKind::Journal);
+        let Some(journal) = st.files.journal.clone() else {
+            return Ok(());
+        };
+        match end {
+            JournalEnd::Unlink => {
+                journal.delete();
+                st.files.journal = None;
+                std::fs::remove_file(&path).map_err(StoreError::io("remove journal", &path))
+            }
+            JournalEnd::Truncate(size) => journal
+                .file
+                .set_len(size)
+                .map_err(StoreError::io("truncate journal", &path)),
+            JournalEnd::Overwrite(at, data) => journal
+                .file
+                .write_all_at(&data, at)
+                .map_err(StoreError::io("write journal", &path)),
+            JournalEnd::SuperJournal => Ok(()),
+        }
+    }
+
+    /// Whether the active journal names this super-journal.
+    pub(super) fn journal_names(&self, super_journal: &str) -> bool {
+        let st = self.lock();
+        let (true, Some(journal)) = (st.journal_active, st.files.journal.clone()) else {
+            return false;
+        };
+        drop(st);
+        let Ok(len) = journal.file.metadata().map(|m| m.len()) else {
+            return false;
+        };
+        let reader = match journal.file.try_clone() {
+            Ok(f) => f,
+            Err(_) => return false,
+        };
+        let named = crate::sqlite::journal::super_journal_name(reader, len)
+            .ok()
+            .flatten();
+        named.is_some_and(|n| n.rsplit('/').next() == Some(super_journal))
+    }
+}

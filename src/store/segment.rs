@@ -1,0 +1,416 @@
+//! One segment of a transaction log: a preallocated file of records, each a whole LTX file.
+//!
+//! ```text
+//! segment header (64 bytes): magic "TNRLOG01" · salt u64 · first TXID u64 · zeros · CRC u64
+//! record, at a multiple of 8: magic u32 · header CRC u32 · length u64 · min TXID u64 ·
+//!                             max TXID u64 · flushed TXID u64 · body CRC u64 · LTX file · padding
+//! ```
+//! All integers are big-endian; CRCs are CRC-64/GO-ISO. The header CRC covers the segment's salt,
+//! so that bytes of another segment are never taken for a record of this one.
+//!
+//! Invariants: the TXIDs of a segment are contiguous; a record that spans several TXIDs (a
+//! snapshot) is the first of its segment. A record's header is written after, or together with,
+//! its body. `flushed TXID` is what was known to be on disk when the record was written: a bad
+//! record whose TXID a later record calls flushed is corruption, any other bad record is the torn
+//! end of the log.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crc_fast::CrcAlgorithm::Crc64GoIso;
+
+use crate::ltx;
+
+use super::error::StoreError;
+
+/// Bytes of the segment header.
+pub const SEGMENT_HEADER_SIZE: u64 = 64;
+/// Bytes of a record's own header, before the LTX file.
+pub const RECORD_HEADER_SIZE: usize = 48;
+const SEGMENT_MAGIC: &[u8; 8] = b"TNRLOG01";
+const RECORD_MAGIC: u32 = 0x5452_4543;
+/// The smallest LTX file: header, four zero bytes, trailer.
+const MIN_LTX_SIZE: u64 = (ltx::HEADER_SIZE + ltx::PAGE_HEADER_SIZE + ltx::TRAILER_SIZE) as u64;
+
+/// A record's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordHeader {
+    /// Bytes of the LTX file.
+    pub length: u64,
+    /// First TXID.
+    pub min_txid: u64,
+    /// Last TXID.
+    pub max_txid: u64,
+    /// The TXID up to which the log was on disk when this was written.
+    pub flushed_txid: u64,
+    /// CRC of the LTX file's bytes.
+    pub body_crc: u64,
+}
+
+impl RecordHeader {
+    /// The bytes on disk, for a segment with this salt.
+    pub fn encode(&self, salt: u64) -> [u8; RECORD_HEADER_SIZE] {
+        let mut b = [0u8; RECORD_HEADER_SIZE];
+        b[0..4].copy_from_slice(&RECORD_MAGIC.to_be_bytes());
+        b[8..16].copy_from_slice(&self.length.to_be_bytes());
+        b[16..24].copy_from_slice(&self.min_txid.to_be_bytes());
+        b[24..32].copy_from_slice(&self.max_txid.to_be_bytes());
+        b[32..40].copy_from_slice(&self.flushed_txid.to_be_bytes());
+        b[40..48].copy_from_slice(&self.body_crc.to_be_bytes());
+        let crc = header_crc(&b, salt);
+        b[4..8].copy_from_slice(&crc.to_be_bytes());
+        b
+    }
+
+    /// `None`: these bytes are no record header of this segment.
+    pub fn decode(b: &[u8; RECORD_HEADER_SIZE], salt: u64) -> Option<RecordHeader> {
+        if be32(&b[0..4]) != RECORD_MAGIC || be32(&b[4..8]) != header_crc(b, salt) {
+            return None;
+        }
+        let h = RecordHeader {
+            length: be64(&b[8..16]),
+            min_txid: be64(&b[16..24]),
+            max_txid: be64(&b[24..32]),
+            flushed_txid: be64(&b[32..40]),
+            body_crc: be64(&b[40..48]),
+        };
+        (h.min_txid >= 1 && h.max_txid >= h.min_txid && h.length >= MIN_LTX_SIZE).then_some(h)
+    }
+
+    /// Bytes that the whole record takes in the segment.
+    pub fn disk_size(&self) -> u64 {
+        (RECORD_HEADER_SIZE as u64)
+            .saturating_add(self.length)
+            .checked_next_multiple_of(8)
+            .unwrap_or(u64::MAX)
+    }
+}
+
+fn header_crc(b: &[u8; RECORD_HEADER_SIZE], salt: u64) -> u32 {
+    let mut crc = crc_fast::Digest::new(Crc64GoIso);
+    crc.update(&salt.to_be_bytes());
+    crc.update(&b[8..]);
+    crc.finalize() as u32
+}
+
+fn be32(b: &[u8]) -> u32 {
+    u32::from_be_bytes([b[0], b[1], b[2], b[3]])
+}
+
+fn be64(b: &[u8]) -> u64 {
+    u64::from_be_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]])
+}
+
+/// The name of the segment whose first record ends at this TXID.
+pub fn file_name(first_txid: u64) -> String {
+    format!("{first_txid:016x}.log")
+}
+
+/// The TXID in a segment's file name; `None` for any other file.
+pub fn parse_file_name(name: &str) -> Option<u64> {
+    let hex = name.strip_suffix(".log")?;
+    (hex.len() == 16 && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')))
+        .then(|| u64::from_str_radix(hex, 16).ok())?
+}
+
+/// A segment, open, with the places of its records.
+#[derive(Debug)]
+pub struct Segment {
+    /// Where it lies.
+    pub path: PathBuf,
+    /// The open file.
+    pub file: Arc<File>,
+    /// Distinguishes this file's records from any other's.
+    pub salt: u64,
+    /// First TXID of the first record.
+    pub first_min: u64,
+    /// Last TXID of the first record; each further record holds the one TXID that follows.
+    pub first_max: u64,
+    /// Offsets of the records, in units of 8 bytes.
+    offsets: Vec<u32>,
+    /// Where the next record goes.
+    pub tail: u64,
+    /// Bytes preallocated.
+    pub allocated: u64,
+}
+
+impl Segment {
+    /// Creates an empty segment for a first record that spans these TXIDs. The caller syncs the
+    /// file and its directory.
+    pub fn create(
+        dir: &Path,
+        salt: u64,
+        first_min: u64,
+        first_max: u64,
+    ) -> Result<Segment, StoreError> {
+        let path = dir.join(file_name(first_max));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(StoreError::io("create log segment", &path))?;
+        let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
+        h[0..8].copy_from_slice(SEGMENT_MAGIC);
+        h[8..16].copy_from_slice(&salt.to_be_bytes());
+        h[16..24].copy_from_slice(&first_max.to_be_bytes());
+        let crc = crc_fast::checksum(Crc64GoIso, &h[..56]);
+        h[56..64].copy_from_slice(&crc.to_be_bytes());
+        file.write_all_at(&h, 0)
+            .map_err(StoreError::io("write log segment", &path))?;
+        Ok(Segment {
+            path,
+            file: Arc::new(file),
+            salt,
+            first_min,
+            first_max,
+            offsets: Vec::new(),
+            tail: SEGMENT_HEADER_SIZE,
+            allocated: SEGMENT_HEADER_SIZE,
+        })
+    }
+
+    /// Opens a segment and finds its records, up to the first that is not whole. Bodies of records
+    /// above `verified` are read and checked; those of older ones are not.
+    pub fn open(path: &Path, verified: u64) -> Result<Scanned, StoreError> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(StoreError::io("open log segment", path))?;
+        Segment::scan(path, file, verified)
+    }
+
+    /// The same without the right to write, every body checked: for inspection.
+    pub fn inspect(path: &Path) -> Result<Scanned, StoreError> {
+        let file = File::open(path).map_err(StoreError::io("open log segment", path))?;
+        Segment::scan(path, file, 0)
+    }
+
+    fn scan(path: &Path, file: File, verified: u64) -> Result<Scanned, StoreError> {
+        let len = file
+            .metadata()
+            .map_err(StoreError::io("stat log segment", path))?
+            .len();
+        let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
+        let whole = len >= SEGMENT_HEADER_SIZE && file.read_exact_at(&mut h, 0).is_ok();
+        if !whole
+            || &h[0..8] != SEGMENT_MAGIC
+            || be64(&h[56..64]) != crc_fast::checksum(Crc64GoIso, &h[..56])
+        {
+            return Ok(Scanned {
+                segment: None,
+                end: ScanEnd::NoHeader,
+            });
+        }
+        let mut seg = Segment {
+            path: path.to_owned(),
+            file: Arc::new(file),
+            salt: be64(&h[8..16]),
+            first_min: 0,
+            first_max: be64(&h[16..24]),
+            offsets: Vec::new(),
+            tail: SEGMENT_HEADER_SIZE,
+            allocated: len,
+        };
+        let end = loop {
+            match seg.record_header_at(seg.tail, len) {
+                Ok(Some(h)) if seg.fits(&h) => {
+                    let checked = h.max_txid <= verified || seg.body_is_whole(seg.tail, &h)?;
+                    if !checked {
+                        break ScanEnd::BadRecord { txid: h.max_txid };
+                    }
+                    seg.push(&h);
+                }
+                Ok(Some(h)) => break ScanEnd::BadRecord { txid: h.max_txid },
+                Ok(None) => break ScanEnd::Clean,
+                Err(e) => return Err(StoreError::io("read log segment", path)(e)),
+            }
+        };
+        Ok(Scanned {
+            segment: Some(seg),
+            end,
+        })
+    }
+
+    fn fits(&self, h: &RecordHeader) -> bool {
+        if self.offsets.is_empty() {
+            h.max_txid == self.first_max
+        } else {
+            h.min_txid == h.max_txid && Some(h.min_txid) == self.last_txid().map(|t| t + 1)
+        }
+    }
+
+    /// `None` where no record header stands, or one that reaches beyond the end of the file.
+    fn record_header_at(&self, offset: u64, len: u64) -> io::Result<Option<RecordHeader>> {
+        if offset + RECORD_HEADER_SIZE as u64 > len {
+            return Ok(None);
+        }
+        let mut b = [0u8; RECORD_HEADER_SIZE];
+        self.file.read_exact_at(&mut b, offset)?;
+        Ok(RecordHeader::decode(&b, self.salt)
+            .filter(|h| h.length <= len.saturating_sub(offset + RECORD_HEADER_SIZE as u64)))
+    }
+
+    fn body_is_whole(&self, offset: u64, h: &RecordHeader) -> Result<bool, StoreError> {
+        let mut body = self.body_reader(offset, h.length);
+        let mut crc = crc_fast::Digest::new(Crc64GoIso);
+        let mut buf = vec![0u8; 64 << 10];
+        loop {
+            match body
+                .read(&mut buf)
+                .map_err(StoreError::io("read log segment", &self.path))?
+            {
+                0 => return Ok(crc.finalize() == h.body_crc),
+                n => crc.update(&buf[..n]),
+            }
+        }
+    }
+
+    /// Looks, behind a place where the records end, for one that says that `txid` was flushed:
+    /// proof that what stands there is corruption and not the torn end of the log.
+    pub fn later_record_says_flushed(&self, txid: u64) -> Result<bool, StoreError> {
+        let io = |e| StoreError::io("read log segment", &self.path)(e);
+        let len = self.file.metadata().map_err(io)?.len();
+        let (mut offset, mut buf) = (self.tail, vec![0u8; 1 << 20]);
+        while offset < len {
+            let n = self.file.read_at(&mut buf, offset).map_err(io)?;
+            if n < RECORD_HEADER_SIZE {
+                break;
+            }
+            let last = n - RECORD_HEADER_SIZE;
+            for at in (0..=last).step_by(8) {
+                if be32(&buf[at..at + 4]) != RECORD_MAGIC {
+                    continue;
+                }
+                let header = buf[at..at + RECORD_HEADER_SIZE]
+                    .try_into()
+                    .expect("of this length");
+                if RecordHeader::decode(header, self.salt).is_some_and(|h| h.flushed_txid >= txid) {
+                    return Ok(true);
+                }
+            }
+            offset += (last / 8 * 8 + 8) as u64;
+        }
+        Ok(false)
+    }
+
+    /// Notes a record that was written at the tail.
+    pub fn push(&mut self, h: &RecordHeader) {
+        if self.offsets.is_empty() {
+            self.first_min = h.min_txid;
+        }
+        self.offsets.push((self.tail / 8) as u32);
+        self.tail += h.disk_size();
+    }
+
+    /// Takes the last record off again.
+    pub fn pop(&mut self) {
+        if let Some(offset) = self.offsets.pop() {
+            self.tail = u64::from(offset) * 8;
+        }
+    }
+
+    /// Last TXID; `None` while empty.
+    pub fn last_txid(&self) -> Option<u64> {
+        let n = self.offsets.len() as u64;
+        (n > 0).then(|| self.first_max + n - 1)
+    }
+
+    /// How many records there are.
+    pub fn len(&self) -> usize {
+        self.offsets.len()
+    }
+
+    /// Whether it has no record yet.
+    pub fn is_empty(&self) -> bool {
+        self.offsets.is_empty()
+    }
+
+    /// The offset of the record that starts with this TXID.
+    pub fn offset_of(&self, min_txid: u64) -> Option<u64> {
+        let index = if min_txid == self.first_min {
+            0
+        } else {
+            min_txid.checked_sub(self.first_max)? as usize
+        };
+        if index == 0 && min_txid != self.first_min {
+            return None;
+        }
+        self.offsets.get(index).map(|o| u64::from(*o) * 8)
+    }
+
+    /// Offsets of all records, in order.
+    pub fn record_offsets(&self) -> impl Iterator<Item = u64> + '_ {
+        self.offsets.iter().map(|o| u64::from(*o) * 8)
+    }
+}
+
+/// Reads the header of the record at `offset` of a segment's file.
+pub fn read_header(file: &File, salt: u64, offset: u64) -> io::Result<RecordHeader> {
+    let mut b = [0u8; RECORD_HEADER_SIZE];
+    file.read_exact_at(&mut b, offset)?;
+    RecordHeader::decode(&b, salt)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "bad log record header"))
+}
+
+impl Segment {
+    /// The LTX file of the record at `offset`.
+    pub fn body_reader(&self, offset: u64, length: u64) -> BodyReader {
+        BodyReader {
+            file: self.file.clone(),
+            offset: offset + RECORD_HEADER_SIZE as u64,
+            left: length,
+        }
+    }
+}
+
+/// Reads a record's LTX file.
+#[derive(Debug)]
+pub struct BodyReader {
+    file: Arc<File>,
+    offset: u64,
+    left: u64,
+}
+
+impl Read for BodyReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let want = usize::try_from(self.left)
+            .unwrap_or(usize::MAX)
+            .min(buf.len());
+        let n = self.file.read_at(&mut buf[..want], self.offset)?;
+        if n == 0 && want > 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.offset += n as u64;
+        self.left -= n as u64;
+        Ok(n)
+    }
+}
+
+/// What opening a segment found.
+#[derive(Debug)]
+pub struct Scanned {
+    /// The segment with its whole records; `None` if not even the header is whole.
+    pub segment: Option<Segment>,
+    /// How it ends.
+    pub end: ScanEnd,
+}
+
+/// How the records of a segment end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScanEnd {
+    /// With unwritten space, or the end of the file.
+    Clean,
+    /// With a record that is not whole, or out of order.
+    BadRecord {
+        /// The TXID that it claims.
+        txid: u64,
+    },
+    /// The file has no valid segment header.
+    NoHeader,
+}

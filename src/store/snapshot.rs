@@ -1,0 +1,189 @@
+//! A snapshot of a database as of one position, read while writers go on.
+//!
+//! Invariant: for every page that the snapshot still has to read, either its bytes of the
+//! snapshot's position are its newest committed ones, or they were put into `Preserved` before
+//! they changed. Whoever changes a committed page calls `State::preserve` first.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use crate::ltx::{self, Encoder, Header, Pos};
+
+use super::database::Database;
+use super::error::StoreError;
+
+/// Pages read for each time that the database is locked.
+const PAGES_PER_LOCK: u32 = 32;
+
+/// Old versions of pages that changed since the snapshot began, in an unlinked file.
+#[derive(Debug)]
+pub(super) struct Preserved {
+    /// Pages below are sent already.
+    next: u32,
+    pages: u32,
+    page_size: u32,
+    dir: PathBuf,
+    kept: HashMap<u32, u64>,
+    file: Option<File>,
+}
+
+impl Preserved {
+    /// Whether the snapshot will ask for this page and has not got its version yet.
+    pub fn wants(&self, pgno: u32) -> bool {
+        pgno >= self.next && pgno <= self.pages && !self.kept.contains_key(&pgno)
+    }
+
+    /// Keeps the page's bytes.
+    pub fn keep(&mut self, pgno: u32, page: &[u8]) -> io::Result<()> {
+        if self.file.is_none() {
+            self.file = Some(tempfile::tempfile_in(&self.dir)?);
+        }
+        let slot = self.kept.len() as u64;
+        if let Some(file) = &self.file {
+            file.write_all_at(page, slot * u64::from(self.page_size))?;
+        }
+        self.kept.insert(pgno, slot);
+        Ok(())
+    }
+
+    fn read(&self, pgno: u32, page: &mut [u8]) -> io::Result<bool> {
+        match (self.kept.get(&pgno), &self.file) {
+            (Some(slot), Some(file)) => {
+                file.read_exact_at(page, slot * u64::from(self.page_size))?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+}
+
+/// See the module.
+pub struct Snapshot {
+    db: Arc<Database>,
+    preserved: Arc<Mutex<Preserved>>,
+    header: Header,
+    checksum: u64,
+}
+
+impl Database {
+    /// A snapshot as of the newest position, which is on disk when this returns.
+    pub fn snapshot(self: &Arc<Self>) -> Result<Snapshot, StoreError> {
+        loop {
+            self.log().flush_wait()?;
+            let mut st = self.lock();
+            self.check_usable(&st)?;
+            if self.has_unflushed() && !st.committing {
+                continue;
+            }
+            let page_size = if st.page_size == 0 {
+                4096
+            } else {
+                st.page_size
+            };
+            let preserved = Arc::new(Mutex::new(Preserved {
+                next: 1,
+                pages: st.page_count,
+                page_size,
+                dir: self.dir.clone(),
+                kept: HashMap::new(),
+                file: None,
+            }));
+            st.snapshots.push(Arc::downgrade(&preserved));
+            let header = Header {
+                compressed: self.context.options.compress,
+                page_size,
+                commit: st.page_count,
+                min_txid: 1,
+                max_txid: st.pos.txid.max(1),
+                timestamp: st.timestamp,
+                pre_apply_checksum: 0,
+                wal_offset: 0,
+                wal_size: 0,
+                wal_salt1: 0,
+                wal_salt2: 0,
+                node_id: self.context.node_id,
+            };
+            return Ok(Snapshot {
+                db: self.clone(),
+                preserved,
+                header,
+                checksum: st.pos.checksum,
+            });
+        }
+    }
+}
+
+impl Snapshot {
+    /// The position that it is of.
+    pub fn pos(&self) -> Pos {
+        Pos {
+            txid: self.header.max_txid,
+            checksum: self.checksum,
+        }
+    }
+
+    /// Writes it as an LTX file. `w` should buffer. The LTX header names this node as the creator
+    /// only of transactions; a snapshot's is 0, so that a node never takes it for its own.
+    pub fn write_to(&mut self, w: &mut dyn Write) -> Result<Pos, StoreError> {
+        let context = || format!("snapshot of {}", self.db.name);
+        let header = Header {
+            node_id: 0,
+            ..self.header
+        };
+        let mut encoder = Encoder::new(w, header).map_err(StoreError::ltx(context()))?;
+        let lock_page = ltx::lock_pgno(header.page_size);
+        let mut pages = vec![0u8; (header.page_size * PAGES_PER_LOCK) as usize];
+        let mut next = 1;
+        while next <= header.commit {
+            let last = next.saturating_add(PAGES_PER_LOCK - 1).min(header.commit);
+            self.read_pages(next, last, lock_page, &mut pages)?;
+            for (pgno, page) in (next..=last).zip(pages.chunks_exact(header.page_size as usize)) {
+                if pgno != lock_page {
+                    encoder
+                        .page(pgno, page)
+                        .map_err(StoreError::ltx(context()))?;
+                }
+            }
+            let Some(after) = last.checked_add(1) else {
+                break;
+            };
+            next = after;
+        }
+        encoder
+            .finish(self.checksum)
+            .map_err(StoreError::ltx(context()))?;
+        Ok(self.pos())
+    }
+
+    fn read_pages(
+        &self,
+        first: u32,
+        last: u32,
+        lock_page: u32,
+        pages: &mut [u8],
+    ) -> Result<(), StoreError> {
+        let st = self.db.lock();
+        let mut preserved = self.preserved.lock();
+        for (pgno, page) in
+            (first..=last).zip(pages.chunks_exact_mut(self.header.page_size as usize))
+        {
+            if pgno == lock_page {
+                continue;
+            }
+            let kept = preserved
+                .read(pgno, page)
+                .map_err(StoreError::io("read pages kept in", &self.db.dir))?;
+            if !kept {
+                st.read_committed(&self.db, pgno, page)?;
+            }
+        }
+        preserved.next = last.saturating_add(1);
+        Ok(())
+    }
+}

@@ -1,0 +1,122 @@
+//! Super-journals: SQLite's files that make a transaction over several databases one.
+//!
+//! Each database's journal names it; its unlink is the commit of all of them, and is answered once
+//! each is logged and flushed. The journals go afterwards, and have nothing left to say.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::error::StoreError;
+use super::files::Done;
+use super::rollback::JournalEnd;
+use super::{Database, Store};
+
+/// Longest super-journal: it holds the paths of a few journals.
+const MAX_SIZE: u64 = 1 << 20;
+/// How many there may be at a time.
+const MAX_COUNT: usize = 1024;
+
+/// A super-journal, in memory alone: after a crash no journal that names it is left either.
+#[derive(Debug)]
+pub struct SuperJournal {
+    /// Its inode number.
+    pub ino: u64,
+    data: Mutex<Vec<u8>>,
+}
+
+impl SuperJournal {
+    /// Its size in bytes.
+    pub fn size(&self) -> u64 {
+        self.data.lock().len() as u64
+    }
+
+    /// Copies bytes out; returns how many there were.
+    pub fn read(&self, offset: u64, buf: &mut [u8]) -> usize {
+        let data = self.data.lock();
+        let start = usize::try_from(offset)
+            .unwrap_or(usize::MAX)
+            .min(data.len());
+        let n = buf.len().min(data.len() - start);
+        buf[..n].copy_from_slice(&data[start..start + n]);
+        n
+    }
+
+    /// Writes bytes; false if it would become too long.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> bool {
+        let end = offset.saturating_add(bytes.len() as u64);
+        if end > MAX_SIZE {
+            return false;
+        }
+        let mut data = self.data.lock();
+        if data.len() < end as usize {
+            data.resize(end as usize, 0);
+        }
+        data[offset as usize..end as usize].copy_from_slice(bytes);
+        true
+    }
+
+    /// Sets its size; false if that is too much.
+    pub fn truncate(&self, size: u64) -> bool {
+        if size > MAX_SIZE {
+            return false;
+        }
+        self.data.lock().resize(size as usize, 0);
+        true
+    }
+}
+
+impl Store {
+    /// The super-journal of this name.
+    pub fn super_journal(&self, name: &str) -> Option<Arc<SuperJournal>> {
+        self.super_journals.lock().get(name).cloned()
+    }
+
+    /// Makes it if there is none.
+    pub fn create_super_journal(&self, name: &str) -> Result<Arc<SuperJournal>, StoreError> {
+        if !self.context.is_writable() {
+            return Err(StoreError::NotPrimary(name.to_owned()));
+        }
+        let mut journals = self.super_journals.lock();
+        if journals.len() >= MAX_COUNT && !journals.contains_key(name) {
+            return Err(StoreError::Refused {
+                db: name.to_owned(),
+                what: format!("more than {MAX_COUNT} super-journals at a time"),
+            });
+        }
+        let made = || {
+            Arc::new(SuperJournal {
+                ino: self.context.next_ino(),
+                data: Mutex::default(),
+            })
+        };
+        Ok(journals.entry(name.to_owned()).or_insert_with(made).clone())
+    }
+
+    /// The commit of every database whose journal names it.
+    pub fn unlink_super_journal(&self, name: &str) -> Result<(), StoreError> {
+        if self.super_journal(name).is_none() {
+            return Err(StoreError::NoDatabase(name.to_owned()));
+        }
+        let parts: Vec<Arc<Database>> = self
+            .databases()
+            .into_iter()
+            .filter(|d| d.journal_names(name))
+            .collect();
+        let (tx, rx) = std::sync::mpsc::channel();
+        let mut waiting = 0;
+        for db in &parts {
+            let tx = tx.clone();
+            let done: Done = Box::new(move |r| {
+                // The receiver waits for as many as were begun.
+                tx.send(r).ok();
+            });
+            db.end_journal(JournalEnd::SuperJournal, done);
+            waiting += 1;
+        }
+        let results: Vec<_> = rx.iter().take(waiting).collect();
+        results.into_iter().collect::<Result<Vec<()>, _>>()?;
+        self.super_journals.lock().remove(name);
+        Ok(())
+    }
+}

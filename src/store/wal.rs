@@ -1,0 +1,447 @@
+//! Capture in WAL mode.
+//!
+//! Frames form a chain of checksums from the WAL's header on. Whenever a write makes the chain
+//! reach a frame with a commit size, the frames since the last one are a transaction; it is in the
+//! log before that write is answered. Nothing is assumed about how the bytes of a frame are cut
+//! into writes, and frames of the transaction being written may be overwritten in place.
+//!
+//! Invariants:
+//! - `frames` is the valid chain; the first `committed` of them belong to logged transactions.
+//! - No byte before the end of the committed frames is ever overwritten, except by a new header,
+//!   and that only once every committed page is in the database file.
+//! - `newest` names the pages whose newest committed version is in the WAL and not known to be in
+//!   the database file.
+
+use std::collections::HashMap;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use crate::ltx;
+use crate::sqlite::header::DbHeader;
+use crate::sqlite::wal::{
+    FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalChecksum, WalHeader, frame_offset,
+};
+
+use super::capture::{Shape, WalPlace};
+use super::context::Job;
+use super::database::{Database, DbFile, FileKind, State};
+use super::error::StoreError;
+
+/// A frame of the valid chain.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Frame {
+    pub pgno: u32,
+    /// Checksum of the page.
+    pub sum: u64,
+    /// Checksum of the chain up to and including this frame.
+    pub chain: WalChecksum,
+}
+
+/// Where the newest version of a page lies.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Newest {
+    /// Index into the frames, from 0.
+    pub frame: u32,
+    pub txid: u64,
+}
+
+/// See the module's invariants.
+#[derive(Debug, Default)]
+pub(super) struct WalCapture {
+    pub header: Option<WalHeader>,
+    pub frames: Vec<Frame>,
+    pub committed: usize,
+    pub newest: HashMap<u32, Newest>,
+    /// End of the bytes written since the header.
+    pub written_to: u64,
+    /// How many frames this node's own checkpoints have copied (on a replica).
+    pub backfilled: usize,
+}
+
+impl WalCapture {
+    /// Where the frame of this index, from 0, begins.
+    pub fn offset(&self, index: usize) -> u64 {
+        let page_size = self.header.map_or(ltx::HEADER_SIZE as u32, |h| h.page_size);
+        frame_offset(index as u32 + 1, page_size)
+    }
+
+    /// The end of what is committed.
+    pub fn committed_end(&self) -> u64 {
+        if self.header.is_some() {
+            self.offset(self.committed)
+        } else {
+            0
+        }
+    }
+
+    /// The chain's checksum before the frame of this index.
+    pub fn chain_before(&self, index: usize) -> WalChecksum {
+        match index.checked_sub(1) {
+            Some(i) => self.frames[i].chain,
+            None => self.header.map_or(WalChecksum(0, 0), |h| h.checksum),
+        }
+    }
+
+    /// Copies the newest version of a page if it is in the WAL.
+    pub fn read_newest(
+        &self,
+        wal: Option<&DbFile>,
+        pgno: u32,
+        buf: &mut [u8],
+    ) -> std::io::Result<bool> {
+        let Some(newest) = self.newest.get(&pgno) else {
+            return Ok(false);
+        };
+        let wal = wal.ok_or(std::io::ErrorKind::NotFound)?;
+        wal.file.read_exact_at(
+            buf,
+            self.offset(newest.frame as usize) + FRAME_HEADER_SIZE as u64,
+        )?;
+        Ok(true)
+    }
+
+    /// How many committed frames this node's own checkpoints have not copied yet.
+    pub fn unbackfilled(&self) -> usize {
+        self.committed - self.backfilled.min(self.committed)
+    }
+
+    /// The oldest transaction of which the database file may lack a page.
+    pub fn oldest_missing(&self) -> Option<u64> {
+        self.newest.values().map(|n| n.txid).min()
+    }
+
+    /// Whether a committed frame holds this version of the page.
+    fn holds(&self, pgno: u32, sum: u64) -> bool {
+        self.frames[..self.committed]
+            .iter()
+            .any(|f| f.pgno == pgno && f.sum == sum)
+    }
+
+    pub fn reset(&mut self) {
+        *self = WalCapture::default();
+    }
+}
+
+impl Database {
+    /// A write to the WAL; true if it completed a transaction.
+    pub(super) fn write_wal(
+        self: &Arc<Self>,
+        st: &mut State,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<bool, StoreError> {
+        self.check_usable(st)?;
+        if !self.context.is_writable() {
+            return Err(StoreError::NotPrimary(self.name.clone()));
+        }
+        if st.files.shm.is_none() {
+            return Err(self.refuse("a write to the WAL without a WAL index: PRAGMA locking_mode=EXCLUSIVE cannot be used in WAL mode here, set it back to NORMAL"));
+        }
+        if st.page_size == 0 {
+            return Err(self.refuse("a write to the WAL of a database that has no page"));
+        }
+        let end = offset + data.len() as u64;
+        if offset < WAL_HEADER_SIZE as u64 {
+            // A new generation may begin only when nothing of this one is needed any more.
+            self.backfill_all(st)?;
+        } else if offset < st.wal.committed_end() {
+            self.context.keep(Job::CheckIndex(self.clone()));
+            return Err(self.refuse("a write into the committed part of the WAL, by a connection that does not know of the last transaction: it will see it when it tries again"));
+        }
+        let wal = st
+            .files
+            .wal
+            .clone()
+            .ok_or_else(|| StoreError::Deleted(self.mount_name(FileKind::Wal)))?;
+        let path = self.path(FileKind::Wal);
+        wal.file
+            .write_all_at(data, offset)
+            .map_err(StoreError::io("write WAL", &path))?;
+        if offset < WAL_HEADER_SIZE as u64 {
+            self.read_wal_header(st, &wal)?;
+        }
+        st.wal.written_to = st.wal.written_to.max(end);
+        self.scan_wal(st, &wal, offset)
+    }
+
+    fn read_wal_header(&self, st: &mut State, wal: &DbFile) -> Result<(), StoreError> {
+        let mut h = [0u8; WAL_HEADER_SIZE];
+        st.wal.reset();
+        if wal.file.read_exact_at(&mut h, 0).is_ok() {
+            // Half a header is none yet; the rest is still to be written.
+            st.wal.header = WalHeader::decode(&h)
+                .ok()
+                .filter(|h| h.page_size == st.page_size);
+        }
+        Ok(())
+    }
+
+    /// Follows the chain from where it was broken, and captures what it makes complete. `from`:
+    /// where the last write began.
+    pub(super) fn scan_wal(
+        self: &Arc<Self>,
+        st: &mut State,
+        wal: &DbFile,
+        from: u64,
+    ) -> Result<bool, StoreError> {
+        let Some(header) = st.wal.header else {
+            return Ok(false);
+        };
+        let frame_size = u64::from(header.page_size) + FRAME_HEADER_SIZE as u64;
+        let first = (from.saturating_sub(WAL_HEADER_SIZE as u64) / frame_size) as usize;
+        let keep = first.max(st.wal.committed);
+        st.wal.frames.truncate(keep);
+        let mut buf = vec![0u8; frame_size as usize];
+        let mut committed = false;
+        loop {
+            let index = st.wal.frames.len();
+            let at = st.wal.offset(index);
+            if at + frame_size > st.wal.written_to {
+                return Ok(committed);
+            }
+            wal.file
+                .read_exact_at(&mut buf, at)
+                .map_err(StoreError::io("read WAL", self.path(FileKind::Wal)))?;
+            let (head, page) = buf.split_at(FRAME_HEADER_SIZE);
+            let frame = FrameHeader::decode(head.try_into().expect("of this length"));
+            let chain = st.wal.chain_before(index);
+            let whole = frame.pgno != 0
+                && (frame.salt1, frame.salt2) == (header.salt1, header.salt2)
+                && frame.expected_checksum(header.big_endian, chain, page) == frame.checksum;
+            if !whole {
+                return Ok(committed);
+            }
+            let sum = ltx::page_checksum(frame.pgno, page);
+            st.wal.frames.push(Frame {
+                pgno: frame.pgno,
+                sum,
+                chain: frame.checksum,
+            });
+            if frame.commit != 0 {
+                if let Err(e) = self.capture_wal(st, wal, frame.commit) {
+                    st.wal.frames.truncate(index);
+                    return Err(e);
+                }
+                committed = true;
+            }
+        }
+    }
+
+    /// Logs the transaction that the frames beyond the committed ones make.
+    fn capture_wal(
+        self: &Arc<Self>,
+        st: &mut State,
+        wal: &DbFile,
+        commit: u32,
+    ) -> Result<(), StoreError> {
+        let header = st.wal.header.expect("the scan has one");
+        let (start, end) = (st.wal.committed, st.wal.frames.len());
+        let pages = newest_frames(&st.wal.frames, start, commit);
+        let holes = self.fill_holes(st, &pages, commit)?;
+        let lock_page = ltx::lock_pgno(header.page_size);
+        let mut changed: Vec<(u32, u64)> = pages
+            .iter()
+            .map(|(pgno, i)| (*pgno, st.wal.frames[*i].sum))
+            .filter(|(pgno, sum)| {
+                *pgno != lock_page && (*pgno > st.page_count || *sum != st.sums.get(*pgno))
+            })
+            .chain(holes)
+            .collect();
+        changed.sort_unstable();
+        if changed.is_empty() && commit == st.page_count {
+            // Known already, or the padding that some settings add: no transaction, but committed.
+            st.wal.committed = end;
+            return Ok(());
+        }
+        let frame_size = i64::from(header.page_size) + FRAME_HEADER_SIZE as i64;
+        let place = WalPlace {
+            offset: st.wal.offset(start) as i64,
+            size: (end - start) as i64 * frame_size,
+            salt1: header.salt1,
+            salt2: header.salt2,
+        };
+        let path = self.path(FileKind::Wal);
+        let read = |pgno: u32, page: &mut [u8]| match pages.binary_search_by_key(&pgno, |(p, _)| *p)
+        {
+            Ok(i) => wal
+                .file
+                .read_exact_at(page, st.wal.offset(pages[i].1) + FRAME_HEADER_SIZE as u64)
+                .map_err(StoreError::io("read WAL", &path)),
+            Err(_) => {
+                page.fill(0);
+                Ok(())
+            }
+        };
+        let wal_mode = match pages.first() {
+            Some((1, _)) => {
+                let mut page = vec![0u8; header.page_size as usize];
+                read(1, &mut page)?;
+                DbHeader::parse(&page)
+                    .map_err(|e| self.refuse(format!("page 1 in the WAL: {e}")))?
+                    .is_wal()
+            }
+            _ => st.wal_mode,
+        };
+        let shape = Shape {
+            page_size: header.page_size,
+            commit,
+            wal_mode,
+        };
+        let captured = self.append_transaction(st, changed, shape, place, read)?;
+        st.preserve(
+            self,
+            captured
+                .changed
+                .iter()
+                .map(|(p, _)| *p)
+                .chain(commit + 1..=st.page_count),
+        )?;
+        let shrunk = commit < st.page_count;
+        self.advance(st, &captured);
+        note_newest(st, &pages, captured.pos.txid, shrunk);
+        st.wal.committed = end;
+        self.note_captured(&captured);
+        self.context.flush_soon(self);
+        self.after_advance(st);
+        Ok(())
+    }
+
+    /// Pages that the transaction adds to the database without writing them (free ones) are zeros
+    /// everywhere: in the database file too, whatever stood there.
+    fn fill_holes(
+        &self,
+        st: &mut State,
+        pages: &[(u32, usize)],
+        commit: u32,
+    ) -> Result<Vec<(u32, u64)>, StoreError> {
+        if commit <= st.page_count
+            || pages.iter().filter(|(p, _)| *p > st.page_count).count() as u32
+                == commit - st.page_count
+        {
+            return Ok(Vec::new());
+        }
+        let zeros = vec![0u8; st.page_size as usize];
+        let file = st.database_file(&self.name)?;
+        let lock_page = ltx::lock_pgno(st.page_size);
+        (st.page_count + 1..=commit)
+            .filter(|p| *p != lock_page && pages.binary_search_by_key(p, |(q, _)| *q).is_err())
+            .map(|pgno| {
+                file.file
+                    .write_all_at(&zeros, u64::from(pgno - 1) * u64::from(st.page_size))
+                    .map_err(StoreError::io(
+                        "write database",
+                        self.path(FileKind::Database),
+                    ))?;
+                Ok((pgno, ltx::page_checksum(pgno, &zeros)))
+            })
+            .collect()
+    }
+
+    /// A write to the database file by a checkpoint: only committed versions of pages.
+    pub(super) fn write_checkpoint(
+        &self,
+        st: &mut State,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<(), StoreError> {
+        let ps = st.page_size as usize;
+        if ps == 0 || !data.len().is_multiple_of(ps) || !offset.is_multiple_of(ps as u64) {
+            return Err(self.refuse(format!(
+                "a write of {} bytes at {offset} outside of a transaction",
+                data.len()
+            )));
+        }
+        for (i, page) in data.chunks_exact(ps).enumerate() {
+            let pgno = (offset / ps as u64) as u32 + i as u32 + 1;
+            let sum = ltx::page_checksum(pgno, page);
+            let newest = sum == st.sums.get(pgno);
+            if !newest && !st.wal.holds(pgno, sum) {
+                return Err(self.refuse(format!("a write of page {pgno} that no transaction made (journal_mode OFF and MEMORY cannot be used here; to load a database file use its SQL dump or import)")));
+            }
+        }
+        let end = offset + data.len() as u64;
+        self.reserve(st, end)?;
+        let file = st.database_file(&self.name)?;
+        file.file
+            .write_all_at(data, offset)
+            .map_err(StoreError::io(
+                "write database",
+                self.path(FileKind::Database),
+            ))?;
+        for (i, page) in data.chunks_exact(ps).enumerate() {
+            let pgno = (offset / ps as u64) as u32 + i as u32 + 1;
+            if ltx::page_checksum(pgno, page) == st.sums.get(pgno) {
+                st.wal.newest.remove(&pgno);
+            }
+        }
+        st.view_size = st.view_size.max(end);
+        st.base_size = st.view_size;
+        Ok(())
+    }
+
+    /// Puts every page that only the WAL has into the database file. SQLite has done so by itself
+    /// before it restarts, truncates or deletes a WAL; a WAL that is removed by other means must
+    /// not take transactions with it.
+    pub(super) fn backfill_all(&self, st: &mut State) -> Result<(), StoreError> {
+        if st.wal.newest.is_empty() {
+            return Ok(());
+        }
+        let wal = st.files.wal.clone();
+        let file = st.database_file(&self.name)?;
+        let mut pages: Vec<u32> = st.wal.newest.keys().copied().collect();
+        pages.sort_unstable();
+        self.reserve(st, st.committed_size())?;
+        let mut page = vec![0u8; st.page_size as usize];
+        for pgno in &pages {
+            st.wal
+                .read_newest(wal.as_deref(), *pgno, &mut page)
+                .map_err(StoreError::io("read WAL", self.path(FileKind::Wal)))?;
+            file.file
+                .write_all_at(&page, u64::from(*pgno - 1) * u64::from(st.page_size))
+                .map_err(StoreError::io(
+                    "write database",
+                    self.path(FileKind::Database),
+                ))?;
+        }
+        st.wal.newest.clear();
+        st.view_size = st.view_size.max(st.committed_size());
+        st.base_size = st.view_size;
+        tracing::debug!(
+            db = self.name,
+            pages = pages.len(),
+            "WAL pages put into the database by the node"
+        );
+        self.context.keep(Job::InvalidateData(file.ino));
+        Ok(())
+    }
+}
+
+/// For each page up to `commit` its last frame from `start` on, ascending.
+pub(super) fn newest_frames(frames: &[Frame], start: usize, commit: u32) -> Vec<(u32, usize)> {
+    let mut pages: Vec<(u32, usize)> = frames[start..]
+        .iter()
+        .enumerate()
+        .map(|(i, f)| (f.pgno, start + i))
+        .filter(|(pgno, _)| *pgno <= commit)
+        .collect();
+    pages.sort_unstable_by_key(|(pgno, i)| (*pgno, std::cmp::Reverse(*i)));
+    pages.dedup_by_key(|(pgno, _)| *pgno);
+    pages
+}
+
+/// Notes where the pages of a transaction are now; pages that it cut off are nowhere.
+pub(super) fn note_newest(st: &mut State, pages: &[(u32, usize)], txid: u64, shrunk: bool) {
+    let count = st.page_count;
+    if shrunk {
+        st.wal.newest.retain(|p, _| *p <= count);
+    }
+    for (pgno, i) in pages {
+        st.wal.newest.insert(
+            *pgno,
+            Newest {
+                frame: *i as u32,
+                txid,
+            },
+        );
+    }
+}
