@@ -1,0 +1,687 @@
+//! Requests of the kernel, translated to operations of the store.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use fuser::*;
+use parking_lot::Mutex;
+
+use crate::store::{Database, DbFile, FileKind, Name, Store, StoreError};
+
+use super::attr::{self, FOR_EVER};
+use super::nodes::{FileNode, Node, Nodes, ROOT};
+
+/// Largest read that is answered at once.
+const MAX_READ: usize = 1 << 20;
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The file system.
+pub(super) struct TenureFs {
+    store: Arc<Store>,
+    nodes: Nodes,
+    requests: Arc<AtomicU64>,
+    /// Whether WAL indexes are passed through to their backing files.
+    passthrough: AtomicBool,
+}
+
+fn errno(e: &StoreError) -> Errno {
+    Errno::from_i32(e.errno())
+}
+
+impl TenureFs {
+    pub fn new(store: Arc<Store>, requests: Arc<AtomicU64>) -> TenureFs {
+        TenureFs {
+            store,
+            nodes: Nodes::default(),
+            requests,
+            passthrough: AtomicBool::new(false),
+        }
+    }
+
+    fn count(&self) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn file_node(db: &Arc<Database>, file: Arc<DbFile>) -> Node {
+        Node::File(Arc::new(FileNode {
+            db: db.clone(),
+            file,
+            backing: Mutex::new(None),
+        }))
+    }
+
+    /// The node of a name, and whether its absence may be cached.
+    fn find(&self, name: &OsStr) -> Result<Node, bool> {
+        let Some(name) = name.to_str() else {
+            return Err(true);
+        };
+        match Name::parse(name) {
+            Name::File(kind, db) => {
+                let db = self.store.database(db).ok_or(true)?;
+                let file = db.file(kind).ok_or(true)?;
+                Ok(Self::file_node(&db, file))
+            }
+            Name::Pos(db) => {
+                let db = self
+                    .store
+                    .database(db)
+                    .filter(|d| d.page_count() > 0)
+                    .ok_or(false)?;
+                Ok(Node::Pos(db))
+            }
+            Name::SuperJournal(name) => self.store.super_journal(name).map(Node::Super).ok_or(true),
+            Name::Primary => attr::primary_text(&self.store)
+                .map(|_| Node::Primary)
+                .ok_or(false),
+            Name::Lag => Ok(Node::Lag),
+            Name::Lock(_) => Err(false),
+            Name::Invalid => Err(true),
+        }
+    }
+
+    fn make(&self, name: &OsStr) -> Result<Node, Errno> {
+        let name = name.to_str().ok_or(Errno::EINVAL)?;
+        let made = match Name::parse(name) {
+            Name::File(kind, db_name) => {
+                let db = match kind {
+                    FileKind::Database => self.store.database_or_new(db_name),
+                    _ => self
+                        .store
+                        .database(db_name)
+                        .ok_or_else(|| StoreError::NoDatabase(db_name.to_owned())),
+                };
+                db.and_then(|db| Ok(Self::file_node(&db, db.create(kind, false)?)))
+            }
+            Name::SuperJournal(name) => self.store.create_super_journal(name).map(Node::Super),
+            Name::Invalid => return Err(Errno::EINVAL),
+            _ => return Err(Errno::EPERM),
+        };
+        made.map_err(|e| errno(&e))
+    }
+
+    fn may_open(&self, node: &Node, flags: i32) -> Result<(), Errno> {
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        match node {
+            // SQLite then takes the database for read-only and says so. The database itself can be
+            // opened for writing: a connection of a replica goes on once the node is primary.
+            Node::File(f)
+                if writes && f.file.kind == FileKind::Wal && !self.store.is_writable() =>
+            {
+                Err(Errno::EACCES)
+            }
+            Node::File(f) if f.db.broken().is_some() => Err(Errno::EIO),
+            Node::File(_) | Node::Super(_) => Ok(()),
+            _ if writes => Err(Errno::EACCES),
+            _ => Ok(()),
+        }
+    }
+
+    fn open_flags(node: &Node) -> FopenFlags {
+        match node {
+            Node::File(_) | Node::Super(_) => {
+                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
+            }
+            _ => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
+        }
+    }
+
+    /// The kernel's handle of a WAL index's backing file, if they are passed through.
+    fn backing(
+        &self,
+        node: &Node,
+        open: impl FnOnce(&std::fs::File) -> io::Result<BackingId>,
+    ) -> Option<Arc<BackingId>> {
+        let Node::File(f) = node else { return None };
+        if f.file.kind != FileKind::Shm || !self.passthrough.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut backing = f.backing.lock();
+        if backing.is_none() {
+            match open(&f.file.file) {
+                Ok(id) => *backing = Some(Arc::new(id)),
+                Err(e) => {
+                    tracing::info!(error = %e, "WAL indexes are not passed through: reads in WAL mode cost a little more");
+                    self.passthrough.store(false, Ordering::Release);
+                }
+            }
+        }
+        backing.clone()
+    }
+
+    fn read_made_up(text: &str, offset: u64, size: u32, reply: ReplyData) {
+        let bytes = text.as_bytes();
+        let start = usize::try_from(offset)
+            .unwrap_or(usize::MAX)
+            .min(bytes.len());
+        let end = start.saturating_add(size as usize).min(bytes.len());
+        reply.data(&bytes[start..end]);
+    }
+
+    fn with_buffer(size: usize, read: impl FnOnce(&mut [u8])) {
+        BUFFER.with_borrow_mut(|b| {
+            if b.len() < size {
+                b.resize(size, 0);
+            }
+            read(&mut b[..size]);
+        });
+    }
+}
+
+fn answer(reply: ReplyEmpty) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
+    move |r| match r {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(&e)),
+    }
+}
+
+impl Filesystem for TenureFs {
+    fn init(&mut self, _req: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let wanted = InitFlags::FUSE_PARALLEL_DIROPS;
+        // Whatever the kernel lacks costs speed alone.
+        let _ = config.add_capabilities(wanted & config.capabilities());
+        let _ = config.set_max_write(MAX_READ as u32);
+        if std::env::var_os("TENURE_NO_PASSTHROUGH").is_none()
+            && config.capabilities().contains(InitFlags::FUSE_PASSTHROUGH)
+            && config.add_capabilities(InitFlags::FUSE_PASSTHROUGH).is_ok()
+        {
+            // Two, so that the data directory may lie on an overlay.
+            let _ = config.set_max_stack_depth(2);
+            self.passthrough.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        self.count();
+        if parent.0 != ROOT {
+            return reply.error(Errno::ENOENT);
+        }
+        match self.find(name) {
+            Ok(node) => match attr::of(&self.store, &node) {
+                Ok(a) => {
+                    let node = self.nodes.look_up(node);
+                    reply.entry_with_ttls(
+                        &attr::ttl(&node),
+                        &attr::entry_ttl(&node),
+                        &a,
+                        Generation(0),
+                    );
+                }
+                Err(e) => reply.error(errno(&e)),
+            },
+            Err(false) => reply.error(Errno::ENOENT),
+            Err(true) => match attr::of(&self.store, &Node::Root) {
+                // An entry without an inode: the absence is cached.
+                Ok(a) => reply.entry(
+                    &FOR_EVER,
+                    &FileAttr {
+                        ino: INodeNo(0),
+                        ..a
+                    },
+                    Generation(0),
+                ),
+                Err(e) => reply.error(errno(&e)),
+            },
+        }
+    }
+
+    fn forget(&self, _req: &Request, ino: INodeNo, nlookup: u64) {
+        self.nodes.forget(ino.0, nlookup);
+    }
+
+    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.count();
+        let Some(node) = self.nodes.get(ino.0) else {
+            return reply.error(Errno::ESTALE);
+        };
+        match attr::of(&self.store, &node) {
+            Ok(a) => reply.attr(&attr::ttl(&node), &a),
+            Err(e) => reply.error(errno(&e)),
+        }
+    }
+
+    fn setattr(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _mode: Option<u32>,
+        _uid: Option<u32>,
+        _gid: Option<u32>,
+        size: Option<u64>,
+        _atime: Option<TimeOrNow>,
+        _mtime: Option<TimeOrNow>,
+        _ctime: Option<std::time::SystemTime>,
+        _fh: Option<FileHandle>,
+        _crtime: Option<std::time::SystemTime>,
+        _chgtime: Option<std::time::SystemTime>,
+        _bkuptime: Option<std::time::SystemTime>,
+        _flags: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        self.count();
+        let Some(node) = self.nodes.get(ino.0) else {
+            return reply.error(Errno::ESTALE);
+        };
+        let store = self.store.clone();
+        let shown = node.clone();
+        // Owners, modes and times are what they are; SQLite sets them without need.
+        let done = move |r: Result<(), StoreError>| match r.and_then(|()| attr::of(&store, &shown))
+        {
+            Ok(a) => reply.attr(&attr::ttl(&shown), &a),
+            Err(e) => reply.error(errno(&e)),
+        };
+        match (node, size) {
+            (Node::File(f), Some(size)) => f.db.truncate(&f.file, size, Box::new(done)),
+            (Node::Super(j), Some(size)) if !j.truncate(size) => done(Err(StoreError::Refused {
+                db: String::new(),
+                what: "a super-journal of that size".to_owned(),
+            })),
+            (Node::Super(_), _) | (_, None) => done(Ok(())),
+            (_, Some(_)) => done(Err(StoreError::NotPrimary(
+                "a file made by the node".to_owned(),
+            ))),
+        }
+    }
+
+    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+        self.count();
+        let Some(node) = self.nodes.get(ino.0) else {
+            return reply.error(Errno::ESTALE);
+        };
+        if let Err(e) = self.may_open(&node, flags.0) {
+            return reply.error(e);
+        }
+        match self.backing(&node, |f| reply.open_backing(f)) {
+            Some(id) => reply.opened_passthrough(FileHandle(0), FopenFlags::FOPEN_NOFLUSH, &id),
+            None => reply.opened(FileHandle(0), Self::open_flags(&node)),
+        }
+    }
+
+    fn create(
+        &self,
+        _req: &Request,
+        parent: INodeNo,
+        name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        flags: i32,
+        reply: ReplyCreate,
+    ) {
+        self.count();
+        if parent.0 != ROOT {
+            return reply.error(Errno::ENOENT);
+        }
+        if flags & libc::O_EXCL != 0 && self.find(name).is_ok() {
+            return reply.error(Errno::EEXIST);
+        }
+        let node = match self.make(name) {
+            Ok(node) => self.nodes.look_up(node),
+            Err(e) => return reply.error(e),
+        };
+        let opened = self
+            .may_open(&node, flags)
+            .and_then(|()| attr::of(&self.store, &node).map_err(|e| errno(&e)));
+        let a = match opened {
+            Ok(a) => a,
+            Err(e) => {
+                self.nodes.forget(node.ino(), 1);
+                return reply.error(e);
+            }
+        };
+        match self.backing(&node, |f| reply.open_backing(f)) {
+            Some(id) => reply.created_passthrough(
+                &Duration::ZERO,
+                &a,
+                Generation(0),
+                FileHandle(0),
+                FopenFlags::FOPEN_NOFLUSH,
+                &id,
+            ),
+            None => reply.created(
+                &attr::ttl(&node),
+                &a,
+                Generation(0),
+                FileHandle(0),
+                Self::open_flags(&node),
+            ),
+        }
+    }
+
+    fn read(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        size: u32,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        self.count();
+        let Some(node) = self.nodes.get(ino.0) else {
+            return reply.error(Errno::ESTALE);
+        };
+        let wanted = (size as usize).min(MAX_READ);
+        match node {
+            Node::File(f) => {
+                Self::with_buffer(wanted, |buf| match f.db.read(&f.file, offset, buf) {
+                    Ok(n) => reply.data(&buf[..n]),
+                    Err(e) => reply.error(errno(&e)),
+                })
+            }
+            Node::Super(j) => Self::with_buffer(wanted, |buf| {
+                let n = j.read(offset, buf);
+                reply.data(&buf[..n]);
+            }),
+            Node::Pos(db) => Self::read_made_up(&attr::pos_text(db.pos()), offset, size, reply),
+            Node::Lag => Self::read_made_up(&attr::lag_text(&self.store), offset, size, reply),
+            Node::Primary => Self::read_made_up(
+                &attr::primary_text(&self.store).unwrap_or_default(),
+                offset,
+                size,
+                reply,
+            ),
+            Node::Root => reply.error(Errno::EISDIR),
+        }
+    }
+
+    fn write(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _write_flags: WriteFlags,
+        _flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        self.count();
+        let Some(node) = self.nodes.get(ino.0) else {
+            return reply.error(Errno::ESTALE);
+        };
+        let written = data.len() as u32;
+        match node {
+            Node::File(f) => f.db.write(
+                &f.file,
+                offset,
+                data,
+                Box::new(move |r| match r {
+                    Ok(()) => reply.written(written),
+                    Err(e) => reply.error(errno(&e)),
+                }),
+            ),
+            Node::Super(j) if j.write(offset, data) => reply.written(written),
+            Node::Super(_) => reply.error(Errno::EFBIG),
+            _ => reply.error(Errno::EACCES),
+        }
+    }
+
+    fn fsync(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.count();
+        match self.nodes.get(ino.0) {
+            Some(Node::File(f)) => f.db.sync(&f.file, Box::new(answer(reply))),
+            Some(_) => reply.ok(),
+            None => reply.error(Errno::ESTALE),
+        }
+    }
+
+    fn flush(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _lock_owner: LockOwner,
+        reply: ReplyEmpty,
+    ) {
+        self.count();
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn release(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        flags: OpenFlags,
+        _lock_owner: Option<LockOwner>,
+        _flush: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.count();
+        reply.ok();
+        if let Some(Node::File(f)) = self.nodes.get(ino.0) {
+            f.db.released(&f.file, flags.0 & libc::O_ACCMODE != libc::O_RDONLY);
+        }
+    }
+
+    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        self.count();
+        let name = name.to_str().filter(|_| parent.0 == ROOT);
+        match name.map(Name::parse) {
+            Some(Name::File(kind, db)) => match self.store.database(db) {
+                Some(db) => db.unlink(kind, Box::new(answer(reply))),
+                None => reply.error(Errno::ENOENT),
+            },
+            Some(Name::SuperJournal(name)) => answer(reply)(self.store.unlink_super_journal(name)),
+            Some(Name::Pos(_) | Name::Primary | Name::Lag | Name::Lock(_)) => {
+                reply.error(Errno::EPERM)
+            }
+            Some(Name::Invalid) | None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn readdir(
+        &self,
+        _req: &Request,
+        ino: INodeNo,
+        _fh: FileHandle,
+        offset: u64,
+        mut reply: ReplyDirectory,
+    ) {
+        self.count();
+        if ino.0 != ROOT {
+            return reply.error(Errno::ENOTDIR);
+        }
+        let dots = [(".".to_owned(), ROOT), ("..".to_owned(), ROOT)];
+        let primary =
+            attr::primary_text(&self.store).map(|_| (".primary".to_owned(), super::nodes::PRIMARY));
+        let lag = Some((".lag".to_owned(), super::nodes::LAG));
+        let names = dots
+            .into_iter()
+            .chain(primary)
+            .chain(lag)
+            .chain(self.store.list());
+        for (i, (name, ino)) in names.enumerate().skip(offset as usize) {
+            let kind = if ino == ROOT {
+                FileType::Directory
+            } else {
+                FileType::RegularFile
+            };
+            if reply.add(
+                INodeNo(ino),
+                i as u64 + 1,
+                kind,
+                Path::new(OsStr::from_bytes(name.as_bytes())),
+            ) {
+                break;
+            }
+        }
+        reply.ok();
+    }
+
+    fn fsyncdir(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _datasync: bool,
+        reply: ReplyEmpty,
+    ) {
+        self.count();
+        // Names are in the log before they are acknowledged.
+        reply.ok();
+    }
+
+    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+        self.count();
+        match self.store.statvfs() {
+            Ok(s) => reply.statfs(
+                s.f_blocks,
+                s.f_bfree,
+                s.f_bavail,
+                s.f_files,
+                s.f_ffree,
+                s.f_bsize as u32,
+                255,
+                s.f_frsize as u32,
+            ),
+            Err(e) => reply.error(Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))),
+        }
+    }
+
+    // What SQLite never asks for, or does without.
+
+    fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        self.count();
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn getxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &OsStr,
+        _size: u32,
+        reply: ReplyXattr,
+    ) {
+        self.count();
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        self.count();
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn setxattr(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _name: &OsStr,
+        _value: &[u8],
+        _flags: i32,
+        _position: u32,
+        reply: ReplyEmpty,
+    ) {
+        self.count();
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        self.count();
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn rename(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        _flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        self.count();
+        reply.error(Errno::EPERM);
+    }
+
+    fn link(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _newparent: INodeNo,
+        _newname: &OsStr,
+        reply: ReplyEntry,
+    ) {
+        self.count();
+        reply.error(Errno::EPERM);
+    }
+
+    fn symlink(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _link_name: &OsStr,
+        _target: &Path,
+        reply: ReplyEntry,
+    ) {
+        self.count();
+        reply.error(Errno::EPERM);
+    }
+
+    fn mkdir(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        reply: ReplyEntry,
+    ) {
+        self.count();
+        reply.error(Errno::EPERM);
+    }
+
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        self.count();
+        reply.error(Errno::EPERM);
+    }
+
+    fn mknod(
+        &self,
+        _req: &Request,
+        _parent: INodeNo,
+        _name: &OsStr,
+        _mode: u32,
+        _umask: u32,
+        _rdev: u32,
+        reply: ReplyEntry,
+    ) {
+        self.count();
+        reply.error(Errno::EPERM);
+    }
+
+    fn fallocate(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: u64,
+        _length: u64,
+        _mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        self.count();
+        reply.error(Errno::ENOSYS);
+    }
+}

@@ -1,0 +1,217 @@
+//! The mount: inodes, handles, cache invalidation. Every decision is the store's.
+//!
+//! Rules that keep it from hanging (each was found the hard way):
+//! - Locks stay in the kernel: `FUSE_POSIX_LOCKS` is not asked for.
+//! - Entries, attributes and absent names are cached for ever, and what the store changes by itself
+//!   it invalidates through [`Front`], from a thread that serves no request and holds no lock that
+//!   a request needs.
+//! - FLUSH is answered with ENOSYS and switched off for every handle, so that a killed node never
+//!   waits for itself.
+//! - A reply may be given later and from any thread; the one that serves requests does not wait.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
+use fuser::{Config, INodeNo, MountOption, Notifier, Session, SessionACL};
+use tokio::sync::watch;
+
+use crate::store::Store;
+use crate::store::front::Front;
+
+mod attr;
+mod fs_impl;
+mod nodes;
+mod points;
+
+use fs_impl::TenureFs;
+
+/// Name and type of the file system in the table of mounts.
+const FS_NAME: &str = "tenure";
+
+/// How to mount.
+#[derive(Clone, Debug)]
+pub struct MountOptions {
+    /// The mount point; made if it is missing.
+    pub dir: PathBuf,
+    /// Whether other users than the node's may use it.
+    pub allow_other: bool,
+    /// Whether to leave a dead mount of an earlier run at the mount point alone.
+    pub skip_unmount: bool,
+}
+
+/// Why there is no mount.
+#[derive(Debug, thiserror::Error)]
+pub enum MountError {
+    /// The mount point cannot be used.
+    #[error("mount point {}: {what}", dir.display())]
+    Point {
+        /// The directory.
+        dir: PathBuf,
+        /// What is wrong, and what to do.
+        what: String,
+    },
+    /// The system refused to mount.
+    #[error("cannot mount at {}: {source}. It takes root, or the setuid program fusermount3 (Debian's package fuse3), and /dev/fuse", dir.display())]
+    Mount {
+        /// The directory.
+        dir: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// A file system that is mounted.
+pub struct Mount {
+    dir: PathBuf,
+    store: Arc<Store>,
+    attached: bool,
+    ended: watch::Receiver<bool>,
+    requests: Arc<AtomicU64>,
+}
+
+impl Mount {
+    /// Mounts the store's databases. A dead mount of an earlier run is detached first.
+    pub fn start(store: &Arc<Store>, options: &MountOptions) -> Result<Mount, MountError> {
+        let dir = points::prepare(&options.dir, options.skip_unmount)?;
+        let requests = Arc::new(AtomicU64::new(0));
+        let fs = TenureFs::new(store.clone(), requests.clone());
+        let mut config = Config::default();
+        config.mount_options = vec![
+            MountOption::FSName(FS_NAME.to_owned()),
+            MountOption::Subtype(FS_NAME.to_owned()),
+            MountOption::NoDev,
+            MountOption::NoSuid,
+            MountOption::NoAtime,
+        ];
+        config.acl = if options.allow_other {
+            SessionACL::All
+        } else {
+            SessionACL::Owner
+        };
+        config.n_threads = Some(worker_threads());
+        let failed = |source| MountError::Mount {
+            dir: dir.clone(),
+            source,
+        };
+        let session = Session::new(fs, &dir, &config).map_err(failed)?;
+        let notifier = session.notifier();
+        let (tx, ended) = watch::channel(false);
+        let serve = move || {
+            if let Err(e) = session.run() {
+                tracing::error!(error = %e, "the mount ended");
+            }
+            tx.send_replace(true);
+        };
+        std::thread::Builder::new()
+            .name("tenure-fuse".to_owned())
+            .spawn(serve)
+            .map_err(failed)?;
+        let root = open_root(&dir).map_err(failed)?;
+        store.set_front(Some(Arc::new(Kernel { root, notifier })));
+        Ok(Mount {
+            dir,
+            store: store.clone(),
+            attached: true,
+            ended,
+            requests,
+        })
+    }
+
+    /// Counts the requests that the kernel has sent so far.
+    pub fn requests(&self) -> Arc<AtomicU64> {
+        self.requests.clone()
+    }
+
+    /// Becomes true when the kernel sends no more requests: somebody unmounted it.
+    pub fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.clone()
+    }
+
+    /// Takes the mount out of the name space. Files that are still open go on being served until
+    /// they are closed, or the process ends.
+    pub fn detach(&mut self) {
+        self.store.set_front(None);
+        if !std::mem::take(&mut self.attached) || *self.ended.borrow() {
+            return;
+        }
+        if let Err(e) = points::detach(&self.dir) {
+            tracing::warn!(dir = %self.dir.display(), error = %e, "not unmounted");
+        }
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
+/// Enough that those that flush a log leave some that answer.
+fn worker_threads() -> usize {
+    let cpus = std::thread::available_parallelism().map_or(2, |n| n.get());
+    (cpus * 2).clamp(4, 16)
+}
+
+fn open_root(dir: &Path) -> io::Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_DIRECTORY)
+        .open(dir)
+}
+
+/// The kernel's side of the mount, as the store uses it.
+struct Kernel {
+    root: File,
+    notifier: Notifier,
+}
+
+impl Front for Kernel {
+    fn open(&self, name: &str) -> io::Result<File> {
+        let name = CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: a system call on an open descriptor and a string that outlives it; the result is
+        // a new descriptor that nobody else owns.
+        unsafe {
+            let fd = libc::openat(
+                self.root.as_raw_fd(),
+                name.as_ptr(),
+                libc::O_RDWR | libc::O_CLOEXEC,
+            );
+            if fd < 0 {
+                Err(io::Error::last_os_error())
+            } else {
+                Ok(File::from_raw_fd(fd))
+            }
+        }
+    }
+
+    fn invalidate_data(&self, ino: u64, offset: u64, len: u64) {
+        let (offset, len) = (
+            i64::try_from(offset).unwrap_or(0),
+            i64::try_from(len).unwrap_or(0),
+        );
+        // An inode that the kernel does not know has nothing cached.
+        if let Err(e) = self.notifier.inval_inode(INodeNo(ino), offset, len) {
+            log_unless_unknown(&e, "inode");
+        }
+    }
+
+    fn invalidate_entry(&self, name: &str) {
+        let name = std::ffi::OsStr::from_bytes(name.as_bytes());
+        if let Err(e) = self.notifier.inval_entry(INodeNo::ROOT, name) {
+            log_unless_unknown(&e, "entry");
+        }
+    }
+}
+
+fn log_unless_unknown(e: &io::Error, what: &str) {
+    if e.kind() != io::ErrorKind::NotFound {
+        tracing::debug!(error = %e, "cached {what} not invalidated");
+    }
+}
