@@ -1,0 +1,205 @@
+//! `/events`: what happens on the node, as one JSON object a line.
+//!
+//! The first line says what the node is and goes out at once. A reader has room for
+//! [`MAX_BEHIND`] events that it has not taken yet; one more and it is disconnected, so that a reader
+//! that stalls costs a bounded amount of memory and learns that it has missed something.
+
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use serde::Serialize;
+use tokio::sync::broadcast;
+
+use crate::store::{Event, Role};
+
+use super::timestamp::rfc3339;
+
+/// How many events a reader may fall behind.
+pub const MAX_BEHIND: usize = 1024;
+
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "camelCase")]
+enum Line<'a> {
+    Init { data: Primary<'a> },
+    Tx { db: &'a str, data: Tx },
+    PrimaryChange { data: Primary<'a> },
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Primary<'a> {
+    is_primary: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hostname: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Tx {
+    #[serde(rename = "txID")]
+    txid: String,
+    #[serde(rename = "postApplyChecksum")]
+    post_apply_checksum: String,
+    #[serde(rename = "pageSize")]
+    page_size: u32,
+    commit: u32,
+    timestamp: String,
+}
+
+/// The first line of the answer.
+pub(super) fn init_line(role: &Role) -> Bytes {
+    let data = match role {
+        Role::Primary => Primary {
+            is_primary: true,
+            hostname: None,
+        },
+        Role::Replica { hostname } => Primary {
+            is_primary: false,
+            hostname: hostname.as_deref(),
+        },
+    };
+    line(&Line::Init { data })
+}
+
+fn event_line(event: &Event) -> Bytes {
+    line(&match event {
+        Event::Tx {
+            db,
+            pos,
+            page_size,
+            commit,
+            timestamp,
+        } => Line::Tx {
+            db,
+            data: Tx {
+                txid: format!("{:016x}", pos.txid),
+                post_apply_checksum: format!("{:016x}", pos.checksum),
+                page_size: *page_size,
+                commit: *commit,
+                timestamp: rfc3339(*timestamp),
+            },
+        },
+        Event::PrimaryChange {
+            is_primary,
+            hostname,
+        } => Line::PrimaryChange {
+            data: Primary {
+                is_primary: *is_primary,
+                hostname: hostname.as_deref(),
+            },
+        },
+    })
+}
+
+fn line(line: &Line<'_>) -> Bytes {
+    // Strings and integers only: there is nothing that could fail to be JSON.
+    let mut text = serde_json::to_string(line).unwrap_or_default();
+    text.push('\n');
+    text.into()
+}
+
+/// Why the answer ended.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The node's store is gone, or it stops.
+    Stopped,
+    /// The reader went away.
+    Gone,
+    /// The reader fell too far behind.
+    Behind,
+}
+
+/// Sends events to one reader until it goes away or falls behind, or `stop` resolves.
+pub(super) async fn run(
+    mut events: broadcast::Receiver<Event>,
+    out: &tokio::sync::mpsc::Sender<Bytes>,
+    stop: impl Future<Output = ()>,
+) -> End {
+    let mut waiting: VecDeque<Bytes> = VecDeque::new();
+    tokio::pin!(stop);
+    loop {
+        tokio::select! {
+            event = events.recv() => match event {
+                Ok(_) if waiting.len() == MAX_BEHIND => return End::Behind,
+                Ok(event) => waiting.push_back(event_line(&event)),
+                Err(broadcast::error::RecvError::Lagged(_)) => return End::Behind,
+                Err(broadcast::error::RecvError::Closed) => return End::Stopped,
+            },
+            room = out.reserve(), if !waiting.is_empty() => match room {
+                Ok(room) => room.send(waiting.pop_front().unwrap_or_default()),
+                Err(_) => return End::Gone,
+            },
+            () = out.closed() => return End::Gone,
+            () = &mut stop => return End::Stopped,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ltx::Pos;
+
+    #[test]
+    fn lines_are_those_of_litefs() {
+        let golden = std::fs::read_to_string(concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/../shared/fixtures/http/events-consul-a.ndjson"
+        ))
+        .unwrap();
+        let pos = Pos {
+            txid: 1,
+            checksum: 0xf6e9_e3d7_c3db_b858,
+        };
+        let change = |is_primary, hostname: Option<&str>| Event::PrimaryChange {
+            is_primary,
+            hostname: hostname.map(str::to_owned),
+        };
+        let mut ours = init_line(&Role::Primary).to_vec();
+        for event in [
+            Event::Tx {
+                db: "c.db".into(),
+                pos,
+                page_size: 4096,
+                commit: 2,
+                timestamp: 1_795_380_417_814,
+            },
+            change(false, None),
+            change(false, Some("a")),
+        ] {
+            ours.extend_from_slice(&event_line(&event));
+        }
+        let golden: Vec<&str> = golden.lines().collect();
+        let want = [golden[0], golden[1], golden[3], golden[4]].join("\n") + "\n";
+        assert_eq!(String::from_utf8(ours).unwrap(), want);
+        assert_eq!(
+            init_line(&Role::Replica {
+                hostname: Some("a".into())
+            }),
+            "{\"type\":\"init\",\"data\":{\"isPrimary\":false,\"hostname\":\"a\"}}\n"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_stalls_is_disconnected() {
+        let (events, _) = broadcast::channel(2048);
+        let (out, mut taken) = tokio::sync::mpsc::channel(1);
+        let subscribed = events.subscribe();
+        let reader =
+            tokio::spawn(async move { run(subscribed, &out, std::future::pending()).await });
+        let event = Event::PrimaryChange {
+            is_primary: true,
+            hostname: None,
+        };
+        // One line in the channel and MAX_BEHIND waiting are fine.
+        for _ in 0..MAX_BEHIND + 1 {
+            events.send(event.clone()).unwrap();
+        }
+        while !events.is_empty() {
+            tokio::task::yield_now().await;
+        }
+        assert!(!reader.is_finished());
+        events.send(event.clone()).unwrap();
+        assert_eq!(reader.await.unwrap(), End::Behind);
+        assert_eq!(taken.recv().await.unwrap(), event_line(&event));
+    }
+}

@@ -1,0 +1,183 @@
+//! Nodes for tests: a store in a temporary directory, served on a loopback port. No mount: a
+//! database's transactions come from the golden files.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tenure_lease::{Leaser, PrimaryInfo};
+use tenure_lease_static::StaticLeaser;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep};
+
+use crate::ltx::Pos;
+use crate::role::{self, RoleConfig, Status};
+use crate::store::{Options, Role, Store};
+use crate::stream::stats::Stats;
+
+use super::api::Api;
+use super::server::Server;
+
+/// The LTX files of one golden database, in order.
+pub(crate) fn golden(case: &str) -> Vec<Vec<u8>> {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/fixtures/ltx");
+    let mut paths: Vec<PathBuf> = fs::read_dir(format!("{dir}/{case}"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "ltx"))
+        .collect();
+    paths.sort();
+    paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// Waits up to ten seconds for `what`.
+pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !holds() {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// One node without a mount.
+pub(crate) struct TestNode {
+    pub(crate) store: Arc<Store>,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) status: watch::Sender<Status>,
+    pub(crate) shutdown: watch::Sender<bool>,
+    /// `http://127.0.0.1:PORT` once it serves.
+    pub(crate) url: String,
+    tasks: Vec<JoinHandle<()>>,
+    _dir: TempDir,
+}
+
+impl TestNode {
+    /// A store that nobody serves yet.
+    pub(crate) fn new() -> TestNode {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(Options {
+            data_dir: dir.path().to_owned(),
+            compress: true,
+            retention: Duration::from_secs(600),
+            strict_verify: false,
+        })
+        .unwrap();
+        TestNode {
+            store,
+            stats: Arc::default(),
+            status: watch::Sender::new(Status::default()),
+            shutdown: watch::Sender::new(false),
+            url: String::new(),
+            tasks: Vec::new(),
+            _dir: dir,
+        }
+    }
+
+    /// A node that serves as primary of cluster `LFSC0123456789ABCDEF`, without a role loop.
+    pub(crate) async fn primary() -> TestNode {
+        let mut node = TestNode::new();
+        node.store.set_cluster_id("LFSC0123456789ABCDEF").unwrap();
+        let store = Arc::clone(&node.store);
+        tokio::task::spawn_blocking(move || store.set_role(Role::Primary))
+            .await
+            .unwrap();
+        node.status.send_replace(Status {
+            is_primary: true,
+            primary: Some(PrimaryInfo {
+                hostname: "pri".into(),
+                advertise_url: "http://pri".into(),
+            }),
+            ready: true,
+        });
+        node.serve("127.0.0.1:0").await;
+        node
+    }
+
+    /// Answers on `addr`.
+    pub(crate) async fn serve(&mut self, addr: &str) {
+        let server = Server::bind(addr).await.unwrap();
+        self.url = format!("http://{}", server.local_addr());
+        let api = Arc::new(Api {
+            store: Arc::clone(&self.store),
+            stats: Arc::clone(&self.stats),
+            status: self.status.subscribe(),
+            candidate: true,
+            path: "/data".into(),
+            snapshot_timeout: Duration::from_secs(60),
+            fuse_requests: Arc::default(),
+            shutdown: self.shutdown.subscribe(),
+        });
+        self.tasks.push(tokio::spawn(server.serve(api)));
+    }
+
+    /// Runs the role loop under a static lease whose primary is at `url`.
+    pub(crate) fn run_role(&mut self, candidate: bool, url: &str, databases: &[&str]) {
+        let leaser: Arc<dyn Leaser> =
+            Arc::new(StaticLeaser::new(candidate, "pri".into(), url.to_owned()));
+        let config = RoleConfig {
+            candidate,
+            reconnect_delay: Duration::from_millis(50),
+            databases: databases.iter().map(|name| name.to_string()).collect(),
+        };
+        let run = role::run(
+            Arc::clone(&self.store),
+            Arc::clone(&self.stats),
+            leaser,
+            config,
+            self.status.clone(),
+            self.shutdown.subscribe(),
+        );
+        self.tasks.push(tokio::spawn(async { run.await.unwrap() }));
+    }
+
+    /// Stores `files` one after another as transactions of a database.
+    pub(crate) async fn seed(&self, name: &str, files: &[Vec<u8>]) {
+        let (store, name, files) = (Arc::clone(&self.store), name.to_owned(), files.to_vec());
+        tokio::task::spawn_blocking(move || {
+            for file in files {
+                store.receive(&name, &mut &file[..]).unwrap();
+            }
+            // Flushes them, so that they count.
+            store.positions();
+        })
+        .await
+        .unwrap();
+    }
+
+    pub(crate) fn pos(&self, name: &str) -> Pos {
+        self.store
+            .database(name)
+            .map(|db| db.pos())
+            .unwrap_or_default()
+    }
+
+    /// The bytes of a database, as a snapshot has them.
+    pub(crate) async fn snapshot(&self, name: &str) -> Vec<u8> {
+        let db = self.store.database(name).unwrap();
+        tokio::task::spawn_blocking(move || {
+            let mut ltx = Vec::new();
+            db.snapshot().unwrap().write_to(&mut ltx).unwrap();
+            let mut pages = Vec::new();
+            let mut decoder = crate::ltx::Decoder::new(&ltx[..]).unwrap();
+            let mut page = vec![0; decoder.header().page_size as usize];
+            while let Some(pgno) = decoder.page(&mut page).unwrap() {
+                pages.extend_from_slice(&pgno.to_be_bytes());
+                pages.extend_from_slice(&page);
+            }
+            pages
+        })
+        .await
+        .unwrap()
+    }
+
+    /// Stops everything in order; gives the store back.
+    pub(crate) async fn stop(&mut self) {
+        self.shutdown.send_replace(true);
+        for task in self.tasks.drain(..) {
+            task.await.unwrap();
+        }
+    }
+}

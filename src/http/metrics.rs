@@ -1,0 +1,183 @@
+//! `/metrics` in Prometheus's text format, under LiteFS's names.
+//!
+//! The numbers are kept where they arise (the store's counters, the streams' [`Stats`]) and gathered
+//! when somebody asks: a database that is gone is gone from here too, and nothing is exported that is
+//! not counted.
+//!
+//! [`Stats`]: crate::stream::stats::Stats
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus::{
+    Encoder, GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
+};
+
+use crate::store::{Counters, Role};
+use crate::stream::stats::SentKind;
+
+use super::api::Api;
+
+/// The format's content type.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+type Read = fn(&Counters) -> &AtomicU64;
+
+/// The counters of each database: name, help, and which of the store's it is.
+const DB_COUNTERS: [(&str, &str, Read); 6] = [
+    (
+        "litefs_db_database_write_count",
+        "Number of writes to the database file.",
+        |c| &c.database_writes,
+    ),
+    (
+        "litefs_db_journal_write_count",
+        "Number of writes to the journal file.",
+        |c| &c.journal_writes,
+    ),
+    (
+        "litefs_db_wal_write_count",
+        "Number of writes to the WAL file.",
+        |c| &c.wal_writes,
+    ),
+    (
+        "litefs_db_shm_write_count",
+        "Number of writes to the shared memory file.",
+        |c| &c.shm_writes,
+    ),
+    (
+        "litefs_db_commit_count",
+        "Number of database commits.",
+        |c| &c.commits,
+    ),
+    (
+        "litefs_db_ltx_reap_count",
+        "Number of LTX files removed by retention.",
+        |c| &c.ltx_reaped,
+    ),
+];
+
+/// All metrics of the node as text.
+pub(super) fn gather(api: &Api) -> Result<Vec<u8>, prometheus::Error> {
+    let registry = Registry::new();
+    node(api, &registry)?;
+    databases(api, &registry)?;
+    streams(api, &registry)?;
+    let mut text = Vec::new();
+    TextEncoder::new().encode(&registry.gather(), &mut text)?;
+    Ok(text)
+}
+
+fn node(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
+    let is_primary = api.store.role() == Role::Primary;
+    let lag = match api.store.lag() {
+        _ if is_primary => 0.0,
+        Some(ms) => ms as f64 / 1000.0,
+        // As in the mount's `.lag` file before the first sync.
+        None => f64::from(i32::MAX) / 1000.0,
+    };
+    for (name, help, value) in [
+        (
+            "litefs_db_count",
+            "Number of managed databases.",
+            api.store.databases().len() as f64,
+        ),
+        (
+            "litefs_is_primary",
+            "Primary status of the node.",
+            f64::from(u8::from(is_primary)),
+        ),
+        (
+            "litefs_subscriber_count",
+            "Number of connected subscribers",
+            api.stats.subscribers() as f64,
+        ),
+        (
+            "litefs_http_stream_count",
+            "Number of streams currently connected.",
+            api.stats.streams() as f64,
+        ),
+        (
+            "litefs_lag_seconds",
+            "Lag behind the primary node, in seconds",
+            lag,
+        ),
+    ] {
+        let gauge = prometheus::Gauge::new(name, help)?;
+        gauge.set(value);
+        register(registry, gauge)?;
+    }
+    let requests = prometheus::IntCounter::new(
+        "tenure_fuse_requests_total",
+        "Requests of the kernel to the mount.",
+    )?;
+    requests.inc_by(api.fuse_requests.load(Ordering::Relaxed));
+    register(registry, requests)
+}
+
+fn databases(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
+    let gauge = |name: &str, help: &str| IntGaugeVec::new(Opts::new(name, help), &["db"]);
+    let txid = gauge("litefs_db_txid", "Current transaction ID.")?;
+    let count = gauge("litefs_db_ltx_count", "Number of LTX files on disk.")?;
+    let bytes = gauge(
+        "litefs_db_ltx_bytes",
+        "Number of bytes used by LTX files on disk.",
+    )?;
+    let lag = GaugeVec::new(
+        Opts::new(
+            "litefs_db_lag_seconds",
+            "Latency between generating an LTX file and consuming it.",
+        ),
+        &["db"],
+    )?;
+    let databases = api.store.databases();
+    let lags = api.stats.lags();
+    for db in &databases {
+        let label = &[db.name()];
+        let stats = db.log_stats();
+        txid.with_label_values(label).set(clamp(db.pos().txid));
+        count.with_label_values(label).set(clamp(stats.records));
+        bytes.with_label_values(label).set(clamp(stats.bytes));
+        let ms = lags.get(db.name()).copied().unwrap_or(0);
+        lag.with_label_values(label).set(ms as f64 / 1000.0);
+    }
+    for (name, help, read) in DB_COUNTERS {
+        let counter = IntCounterVec::new(Opts::new(name, help), &["db"])?;
+        for db in &databases {
+            let value = read(db.counters()).load(Ordering::Relaxed);
+            counter.with_label_values(&[db.name()]).inc_by(value);
+        }
+        register(registry, counter)?;
+    }
+    register(registry, txid)?;
+    register(registry, count)?;
+    register(registry, bytes)?;
+    register(registry, lag)
+}
+
+fn streams(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
+    let sent = IntCounterVec::new(
+        Opts::new("litefs_http_frame_send_count", "Number of frames sent."),
+        &["db", "type"],
+    )?;
+    for ((db, kind), count) in api.stats.sent() {
+        // Both kinds, so that a rate can be taken from the first one on.
+        for other in [SentKind::Ltx, SentKind::Snapshot] {
+            sent.with_label_values(&[db.as_str(), other.label()]);
+        }
+        sent.with_label_values(&[db.as_str(), kind.label()])
+            .inc_by(count);
+    }
+    register(registry, sent)
+}
+
+fn register(
+    registry: &Registry,
+    collector: impl Collector + 'static,
+) -> Result<(), prometheus::Error> {
+    registry.register(Box::new(collector))
+}
+
+/// Prometheus's gauges are signed.
+fn clamp(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}

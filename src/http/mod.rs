@@ -1,0 +1,18 @@
+//! The node's HTTP API: the server that other nodes and operators talk to.
+//!
+//! [`server`] owns the sockets: it listens, tells the HTTP versions apart, bounds how long a peer may
+//! take, and stops in order. [`api`] owns the paths and what they answer, [`events`] the stream of
+//! events, [`metrics`] the numbers. The client side of `/stream` is [`crate::stream::receiver`].
+
+pub mod api;
+pub mod events;
+pub mod metrics;
+pub mod server;
+
+mod body;
+mod timestamp;
+
+#[cfg(test)]
+pub(crate) mod harness;
+#[cfg(test)]
+mod tests;

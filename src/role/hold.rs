@@ -1,0 +1,65 @@
+//! Holding a lease: renew it in time, and stop in time when that fails.
+//!
+//! A lease is valid for its TTL from *before* the last successful renewal was sent. [`hold`] ends a
+//! margin before that moment, whatever the lease service does meanwhile: every renewal has it as its
+//! deadline. The clock is the monotonic one.
+
+use std::time::Duration;
+
+use tenure_lease::{Lease, LeaseError};
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout_at};
+use tracing::warn;
+
+/// How long after a transient error renewing is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// Why a node no longer holds its lease.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum End {
+    /// The node stops; the lease is still its own.
+    Shutdown,
+    /// The lease has expired, or will before it can be used.
+    Lost,
+}
+
+/// Holds `lease` until the node stops or the lease can no longer be relied upon. A lease without a TTL
+/// is held until the node stops.
+pub(super) async fn hold(lease: &dyn Lease, stop: &mut watch::Receiver<bool>) -> End {
+    let Some(ttl) = lease.ttl() else {
+        super::stopped(stop).await;
+        return End::Shutdown;
+    };
+    let mut retry = None;
+    loop {
+        let renewed = Instant::from_std(lease.renewed_at());
+        let deadline = renewed + ttl - margin(ttl);
+        let next = retry.take().unwrap_or(renewed + ttl / 2).min(deadline);
+        tokio::select! {
+            biased;
+            () = super::stopped(stop) => return End::Shutdown,
+            () = sleep_until(next) => {}
+        }
+        // After a pause of the whole process the deadline has passed, whatever was slept for.
+        if Instant::now() >= deadline {
+            return End::Lost;
+        }
+        match timeout_at(deadline, lease.renew()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(LeaseError::LeaseExpired)) | Err(_) => return End::Lost,
+            Ok(Err(error)) => {
+                warn!(%error, "the lease could not be renewed; trying again");
+                retry = Some(Instant::now() + RETRY);
+            }
+        }
+    }
+}
+
+/// How long before its end a lease is no longer relied upon.
+fn margin(ttl: Duration) -> Duration {
+    if ttl < Duration::from_secs(10) {
+        ttl / 10
+    } else {
+        Duration::from_secs(1)
+    }
+}

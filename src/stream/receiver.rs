@@ -1,0 +1,574 @@
+//! The replica's side of a stream: follows one primary and applies what it sends.
+//!
+//! Protocol. The replica connects (HTTP/2 without TLS and without asking first), posts its positions
+//! and reads frames. A task of the runtime reads the connection and feeds a bounded channel; a thread
+//! takes the bytes out, decodes the frames and hands each LTX file to the store, which verifies all of
+//! it before it touches anything, refuses what does not fit its position, and returns when it is
+//! applied. So frames take effect in order, one at a time, and a replica that is slow slows the
+//! connection down, not its memory up.
+//!
+//! Who may do what. Only the store decides whether a file fits. A file that is refused ends the stream:
+//! the next one begins with the true position, from which the primary sees what is needed. If it then
+//! sends the same misfit once more, the database is left out of the next map, which asks for a snapshot
+//! of it. Nothing that a primary says deletes a database here: one that the primary does not have is
+//! kept as it is, and the log says once that it is not replicated.
+//!
+//! Cluster IDs: a replica without one takes the primary's, before the first frame; two different ones
+//! never replicate. A node that reaches itself under the primary's address ends the stream.
+//!
+//! Deadlines: [`CONNECT_TIMEOUT`], [`ANSWER_TIMEOUT`], and [`IDLE_TIMEOUT`] without a byte while one
+//! could be taken (a primary sends a heartbeat every second). A stream that ends without an `end` or
+//! `handoff` frame is an error.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, Read};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use parking_lot::Mutex;
+use reqwest::{Client, Response, StatusCode, Url};
+use tenure_lease::PrimaryInfo;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use crate::ltx::{HEADER_SIZE, Header, Pos};
+use crate::store::{Store, StoreError, check_database};
+
+use super::frame::{ChunkReader, Frame, FrameError};
+use super::posmap::{self, PosMap};
+use super::sender::now_ms;
+use super::stats::Stats;
+use super::{CLUSTER_ID_HEADER, NODE_ID_HEADER, format_node_id};
+
+/// How long connecting may take.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long the primary may take for the head of its answer.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a stream may be without a byte.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a stream that is over waits for the transaction that is being applied.
+const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Pieces of the body that wait to be applied; the connection makes each at most 16 KiB large.
+const CHANNEL_CAPACITY: usize = 64;
+
+/// The most bytes of a refusal's text that are read.
+const MAX_REFUSAL: usize = 1024;
+
+/// How a stream ended that did not fail.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    /// The primary ended it.
+    End,
+    /// The primary hands this lease over to this node.
+    Handoff(String),
+    /// This node gave it up.
+    Cancelled,
+}
+
+/// What a stream has reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// The primary has accepted the stream.
+    Connected,
+    /// Everything that was missing has been applied.
+    Ready,
+}
+
+/// Why a stream failed. Every one of them may pass by itself: try again later.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The primary's address in the lease is not one.
+    #[error("{url:?}, the primary's advertise-url, is no http:// URL: {reason}")]
+    Url {
+        /// What the lease says.
+        url: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// No connection, or it broke before the answer.
+    #[error("no connection to {url}: {reason}")]
+    Connect {
+        /// Where to.
+        url: String,
+        /// What the client says.
+        reason: String,
+    },
+    /// The primary said no.
+    #[error("{url} refused the stream: {status}: {text}")]
+    Refused {
+        /// Who.
+        url: String,
+        /// The status of its answer.
+        status: StatusCode,
+        /// The first line of its answer.
+        text: String,
+    },
+    /// The primary's address leads here.
+    #[error("{0} is this very node: correct lease.advertise-url")]
+    Own(String),
+    /// The primary belongs to another cluster.
+    #[error(
+        "{url} belongs to cluster {theirs}, this node to {ours}: correct the lease's key or address, or give this node an empty data directory"
+    )]
+    OtherCluster {
+        /// Who.
+        url: String,
+        /// Its cluster ID.
+        theirs: String,
+        /// The ID that this data directory has.
+        ours: String,
+    },
+    /// The cluster ID could not be kept.
+    #[error("cannot keep the cluster ID: {0}")]
+    ClusterId(StoreError),
+    /// Nothing came, not even a heartbeat.
+    #[error("the primary sent nothing for {} s", IDLE_TIMEOUT.as_secs())]
+    Idle,
+    /// The connection broke.
+    #[error("the stream broke: {0}")]
+    Broken(String),
+    /// What came are no frames, or the stream ended in the middle.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A name that no database can have.
+    #[error("the primary sent a bad name: {0}")]
+    Name(StoreError),
+    /// The store did not take a transaction.
+    #[error("cannot apply what the primary sent of {db}: {source}")]
+    Store {
+        /// The database.
+        db: String,
+        /// Why not.
+        source: StoreError,
+    },
+    /// The last transaction is still being applied.
+    #[error("the stream is over, but a transaction is still being applied after {} s", JOIN_TIMEOUT.as_secs())]
+    StillApplying,
+    /// The thread that applies died; its panic is in the log.
+    #[error("the thread that applies transactions panicked")]
+    Panic,
+}
+
+/// Follows primaries, one stream after another, and remembers what one stream must know of the last.
+/// Clones share that memory.
+#[derive(Clone)]
+pub struct Receiver {
+    store: Arc<Store>,
+    stats: Arc<Stats>,
+    client: Client,
+    /// The databases to replicate; all if empty.
+    databases: BTreeSet<String>,
+    memory: Arc<Mutex<Memory>>,
+}
+
+/// What outlives a stream.
+#[derive(Default)]
+struct Memory {
+    /// Where a file was refused last, and how often in a row there.
+    refused: BTreeMap<String, (Pos, u32)>,
+    /// Databases that the primary does not have, as was logged.
+    unknown: BTreeSet<String>,
+}
+
+impl Receiver {
+    /// A receiver that replicates `databases`, or all of them if it is empty.
+    pub fn new(
+        store: Arc<Store>,
+        stats: Arc<Stats>,
+        databases: BTreeSet<String>,
+    ) -> Result<Self, StreamError> {
+        let client = Client::builder()
+            .http2_prior_knowledge()
+            .http2_initial_stream_window_size(1 << 20)
+            .http2_initial_connection_window_size(2 << 20)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .redirect(reqwest::redirect::Policy::none())
+            .pool_max_idle_per_host(0)
+            .no_proxy()
+            .build()
+            .map_err(|e| StreamError::Connect {
+                url: "the network".into(),
+                reason: reason(e),
+            })?;
+        Ok(Receiver {
+            store,
+            stats,
+            client,
+            databases,
+            memory: Arc::default(),
+        })
+    }
+
+    /// Follows `primary` until the stream ends or `cancel` becomes true (or its sender is gone).
+    /// `progress` is told what was reached; it must have room, what it has none for is lost.
+    pub async fn follow(
+        &self,
+        primary: &PrimaryInfo,
+        cancel: &mut watch::Receiver<bool>,
+        progress: mpsc::Sender<Progress>,
+    ) -> Result<Ended, StreamError> {
+        let url = self.url(&primary.advertise_url)?;
+        let response = tokio::select! {
+            biased;
+            _ = cancel.wait_for(|cancel| *cancel) => return Ok(Ended::Cancelled),
+            response = self.connect(&url) => response?,
+        };
+        let _ = progress.try_send(Progress::Connected);
+
+        let (feed, bytes) = mpsc::channel(CHANNEL_CAPACITY);
+        let applier = Applier {
+            store: Arc::clone(&self.store),
+            stats: Arc::clone(&self.stats),
+            databases: self.databases.clone(),
+            memory: Arc::clone(&self.memory),
+            progress,
+            ready: false,
+        };
+        let applier = tokio::task::spawn_blocking(move || applier.run(bytes));
+        let pumped = pump(response, feed, cancel).await;
+        let applied = match timeout(JOIN_TIMEOUT, applier).await {
+            Ok(joined) => joined.map_err(|_| StreamError::Panic)?,
+            Err(_) => return Err(StreamError::StillApplying),
+        };
+        match (applied, pumped) {
+            // The bytes ran out: why they did is the reason.
+            (Err(StreamError::Frame(FrameError::Eof)), pumped) => match pumped? {
+                Pumped::Cancelled => Ok(Ended::Cancelled),
+                Pumped::All => Err(FrameError::Eof.into()),
+            },
+            (Err(StreamError::Frame(FrameError::Io(_))), Err(broken)) => Err(broken),
+            (Err(StreamError::Frame(FrameError::Io(_))), Ok(Pumped::Cancelled)) => {
+                Ok(Ended::Cancelled)
+            }
+            (applied, _) => applied,
+        }
+    }
+
+    fn url(&self, advertised: &str) -> Result<Url, StreamError> {
+        let bad = |reason: String| StreamError::Url {
+            url: advertised.to_owned(),
+            reason,
+        };
+        let mut url = Url::parse(advertised).map_err(|e| bad(e.to_string()))?;
+        if url.scheme() != "http" {
+            return Err(bad(format!("{} is not supported", url.scheme())));
+        }
+        url.set_path("/stream");
+        if !self.databases.is_empty() {
+            let names: Vec<&str> = self.databases.iter().map(String::as_str).collect();
+            url.query_pairs_mut()
+                .append_pair("filter", &names.join(","));
+        }
+        Ok(url)
+    }
+
+    /// Posts the positions, and checks who answers.
+    async fn connect(&self, url: &Url) -> Result<Response, StreamError> {
+        let reader = self.clone();
+        let positions = tokio::task::spawn_blocking(move || reader.positions())
+            .await
+            .map_err(|_| StreamError::Panic)?;
+        let mut request = self
+            .client
+            .post(url.clone())
+            .header(NODE_ID_HEADER, format_node_id(self.store.node_id()))
+            .body(posmap::encode(&positions));
+        if let Some(id) = self.store.cluster_id() {
+            request = request.header(CLUSTER_ID_HEADER, id);
+        }
+        let failed = |reason| StreamError::Connect {
+            url: url.to_string(),
+            reason,
+        };
+        let response = timeout(ANSWER_TIMEOUT, request.send())
+            .await
+            .map_err(|_| failed(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())))?
+            .map_err(|e| failed(reason(e)))?;
+        if header(&response, NODE_ID_HEADER) == Some(&format_node_id(self.store.node_id())) {
+            return Err(StreamError::Own(url.to_string()));
+        }
+        if response.status() != StatusCode::OK {
+            return Err(StreamError::Refused {
+                url: url.to_string(),
+                status: response.status(),
+                text: refusal(response).await,
+            });
+        }
+        if let Some(theirs) = header(&response, CLUSTER_ID_HEADER).filter(|id| !id.is_empty()) {
+            self.join_cluster(url, theirs.to_owned()).await?;
+        }
+        Ok(response)
+    }
+
+    /// Takes the primary's cluster ID if this node has none, and compares it otherwise.
+    async fn join_cluster(&self, url: &Url, theirs: String) -> Result<(), StreamError> {
+        match self.store.cluster_id() {
+            Some(ours) if ours == theirs => Ok(()),
+            Some(ours) => Err(StreamError::OtherCluster {
+                url: url.to_string(),
+                theirs,
+                ours,
+            }),
+            None => {
+                let store = Arc::clone(&self.store);
+                tokio::task::spawn_blocking(move || store.set_cluster_id(&theirs))
+                    .await
+                    .map_err(|_| StreamError::Panic)?
+                    .map_err(StreamError::ClusterId)
+            }
+        }
+    }
+
+    /// The positions to begin from: without the databases that nobody wants here, and without those
+    /// that need a snapshot. Blocks on the disk: what is applied is flushed first.
+    fn positions(&self) -> PosMap {
+        let memory = self.memory.lock();
+        let mut positions = self.store.positions();
+        positions.retain(|name, pos| {
+            let wanted = self.databases.is_empty() || self.databases.contains(name);
+            let refused = memory
+                .refused
+                .get(name)
+                .is_some_and(|(at, n)| at == pos && *n >= 2);
+            wanted && !refused
+        });
+        positions
+    }
+}
+
+enum Pumped {
+    /// All that the primary sent.
+    All,
+    Cancelled,
+}
+
+/// Feeds the body to the applier, until either ends.
+async fn pump(
+    mut response: Response,
+    feed: mpsc::Sender<Bytes>,
+    cancel: &mut watch::Receiver<bool>,
+) -> Result<Pumped, StreamError> {
+    loop {
+        let bytes = tokio::select! {
+            biased;
+            _ = cancel.wait_for(|cancel| *cancel) => return Ok(Pumped::Cancelled),
+            () = feed.closed() => return Ok(Pumped::All),
+            read = timeout(IDLE_TIMEOUT, response.chunk()) => match read {
+                Err(_) => return Err(StreamError::Idle),
+                Ok(Err(e)) => return Err(StreamError::Broken(reason(e))),
+                Ok(Ok(None)) => return Ok(Pumped::All),
+                Ok(Ok(Some(bytes))) => bytes,
+            },
+        };
+        tokio::select! {
+            biased;
+            _ = cancel.wait_for(|cancel| *cancel) => return Ok(Pumped::Cancelled),
+            fed = feed.send(bytes) => if fed.is_err() {
+                return Ok(Pumped::All);
+            },
+        }
+    }
+}
+
+/// The thread's side: takes frames from the channel and applies them.
+struct Applier {
+    store: Arc<Store>,
+    stats: Arc<Stats>,
+    databases: BTreeSet<String>,
+    memory: Arc<Mutex<Memory>>,
+    progress: mpsc::Sender<Progress>,
+    ready: bool,
+}
+
+impl Applier {
+    fn run(mut self, bytes: mpsc::Receiver<Bytes>) -> Result<Ended, StreamError> {
+        let mut input = ChannelReader {
+            bytes,
+            current: Bytes::new(),
+            ended: false,
+        };
+        loop {
+            match Frame::read(&mut input)? {
+                Frame::Ltx { name, .. } => self.apply(&name, &mut input)?,
+                Frame::Ready => {
+                    self.ready = true;
+                    let _ = self.progress.try_send(Progress::Ready);
+                }
+                Frame::Heartbeat { timestamp } => {
+                    // Before `ready` there is no saying how far behind this node is.
+                    if self.ready {
+                        self.store.note_in_step(timestamp);
+                    }
+                }
+                Frame::DropDb { name } => self.note_unknown(&name),
+                // Without a backup of its own the replica's log is kept by age alone.
+                Frame::HighWaterMark { .. } => {}
+                Frame::Handoff { lease_id } => return Ok(Ended::Handoff(lease_id)),
+                Frame::End => return Ok(Ended::End),
+            }
+        }
+    }
+
+    /// Applies the LTX file that comes next.
+    fn apply(&mut self, name: &str, input: &mut ChannelReader) -> Result<(), StreamError> {
+        check_database(name).map_err(StreamError::Name)?;
+        let mut file = ChunkReader::new(input);
+        if !self.databases.is_empty() && !self.databases.contains(name) {
+            debug!(db = name, "skipped a database that was not asked for");
+            return Ok(file.skip()?);
+        }
+        let mut tap = Tap {
+            inner: &mut file,
+            head: Vec::with_capacity(HEADER_SIZE),
+        };
+        match self.store.receive(name, &mut tap) {
+            Ok(_) => {
+                let header = tap.header();
+                file.finish()?;
+                let mut memory = self.memory.lock();
+                memory.refused.remove(name);
+                memory.unknown.remove(name);
+                drop(memory);
+                // A snapshot is as old as its last transaction, which is no lag.
+                if let Some(header) = header.filter(|header| !header.is_snapshot()) {
+                    let lag = now_ms().saturating_sub(header.timestamp);
+                    self.stats.note_lag(name, lag.max(0));
+                }
+                Ok(())
+            }
+            // The stream broke off inside the file: nothing is wrong with what was sent.
+            Err(_) if input.ended => {
+                Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into())
+            }
+            Err(source) => {
+                // What is wrong here, a full disk for one, is not healed by a snapshot.
+                if !matches!(
+                    source,
+                    StoreError::Io { .. } | StoreError::LockTimeout { .. }
+                ) {
+                    self.note_refused(name);
+                }
+                Err(StreamError::Store {
+                    db: name.to_owned(),
+                    source,
+                })
+            }
+        }
+    }
+
+    /// Counts a refusal at the position that the database has.
+    fn note_refused(&self, name: &str) {
+        let pos = self
+            .store
+            .database(name)
+            .map(|db| db.pos())
+            .unwrap_or_default();
+        let mut memory = self.memory.lock();
+        let refused = memory.refused.entry(name.to_owned()).or_insert((pos, 0));
+        *refused = if refused.0 == pos {
+            (pos, refused.1 + 1)
+        } else {
+            (pos, 1)
+        };
+    }
+
+    fn note_unknown(&self, name: &str) {
+        // The name must be one of ours: a peer does not fill the log or the set.
+        if self.store.database(name).is_some() && self.memory.lock().unknown.insert(name.to_owned())
+        {
+            warn!(
+                db = name,
+                "the primary does not have this database: it is kept here as it is and is not replicated"
+            );
+        }
+    }
+}
+
+/// Keeps the head of an LTX file that is read through it.
+struct Tap<R: Read> {
+    inner: R,
+    head: Vec<u8>,
+}
+
+impl<R: Read> Tap<R> {
+    fn header(&self) -> Option<Header> {
+        Header::decode(self.head.first_chunk()?).ok()
+    }
+}
+
+impl<R: Read> Read for Tap<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buf)?;
+        let missing = HEADER_SIZE - self.head.len();
+        self.head.extend_from_slice(&buf[..n.min(missing)]);
+        Ok(n)
+    }
+}
+
+/// The bytes of the channel as a reader; the end of the channel is the end of the file.
+struct ChannelReader {
+    bytes: mpsc::Receiver<Bytes>,
+    current: Bytes,
+    /// The channel has ended.
+    ended: bool,
+}
+
+impl Read for ChannelReader {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.current.is_empty() {
+            match self.bytes.blocking_recv() {
+                Some(bytes) => self.current = bytes,
+                None => {
+                    self.ended = true;
+                    return Ok(0);
+                }
+            }
+        }
+        let n = buf.len().min(self.current.len());
+        self.current.copy_to_slice(&mut buf[..n]);
+        Ok(n)
+    }
+}
+
+fn header<'r>(response: &'r Response, name: &str) -> Option<&'r str> {
+    response.headers().get(name)?.to_str().ok()
+}
+
+/// The first line of an answer that is an error.
+async fn refusal(mut response: Response) -> String {
+    let mut text = Vec::new();
+    let read = async {
+        while text.len() < MAX_REFUSAL {
+            match response.chunk().await {
+                Ok(Some(bytes)) => text.extend_from_slice(&bytes),
+                Ok(None) | Err(_) => break,
+            }
+        }
+    };
+    let _ = timeout(IDLE_TIMEOUT, read).await;
+    text.truncate(MAX_REFUSAL);
+    String::from_utf8_lossy(&text)
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+/// An error of the client with all its causes, which say what really happened.
+fn reason(error: reqwest::Error) -> String {
+    let error = error.without_url();
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(&error);
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

@@ -1,0 +1,474 @@
+//! The primary's side of a stream: what one replica lacks, and then what comes.
+//!
+//! Protocol. The replica has said where it is in each database; the sender keeps that map up to date
+//! with what it sends. It subscribes to the store *before* it looks at anything, goes once over all
+//! databases that either side has, sends `ready`, and from then on goes over those that the
+//! subscription names. For one database it sends the log's record for the replica's TXID + 1 if that
+//! record starts from the replica's checksum, again and again up to the position that the database
+//! had when the round began (what is committed later is in the subscription again, so that a busy
+//! database holds up no other); in every other case it sends a snapshot, which is right whatever the
+//! replica has. A database that only the replica has is answered by a `drop db` frame, once.
+//!
+//! Only flushed transactions are sent: the store's positions and subscription know no others. So a
+//! replica never has what the primary may still lose.
+//!
+//! Heartbeats go out at least once a second, between frames, never inside one. A heartbeat says up to
+//! when everything was sent: while the replica lags, it repeats the last moment when it did not.
+//!
+//! Limits. What is sent goes through a bounded channel; a replica that takes nothing for
+//! [`Limits::send`] is cut off, and so is a snapshot that takes longer than [`Limits::snapshot`].
+//! Nothing of this holds up a writer or another replica. When the node stops (or stops being
+//! primary), what is flushed by then is still sent, within [`DRAIN_TIMEOUT`], and then `end`. A
+//! stream that ends without it is an error to the replica, which is what a cut-off one is.
+
+use std::collections::BTreeSet;
+use std::future::Future;
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use futures_util::FutureExt;
+use tokio::runtime::Handle;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout, timeout_at};
+use tracing::warn;
+
+use crate::ltx::Pos;
+use crate::store::{Database, Next, Record, Snapshot, Store, StoreError, Subscription};
+
+use super::frame::{ChunkWriter, Frame, encode_ltx};
+use super::posmap::PosMap;
+use super::stats::{SentKind, Stats};
+
+/// How long a replica is waited for.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// How long it may leave the stream's channel full.
+    pub send: Duration,
+    /// How long one snapshot may take as a whole (`http.snapshot-timeout`).
+    pub snapshot: Duration,
+}
+
+impl Limits {
+    /// The limits of a node: 30 s for a replica that takes nothing, `snapshot` for a snapshot.
+    pub fn new(snapshot: Duration) -> Limits {
+        Limits {
+            send: Duration::from_secs(30),
+            snapshot,
+        }
+    }
+}
+
+/// How long a stream that is to end may take to send what is flushed.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Pieces of at most about 64 KiB that wait for the connection to take them.
+pub const CHANNEL_CAPACITY: usize = 8;
+
+/// A little less than the second that the protocol allows.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(900);
+
+/// How many bytes of records are fetched from the log at once; a larger one comes alone.
+const BATCH_BYTES: usize = 256 << 10;
+
+/// How many records are fetched from the log at once.
+const BATCH_RECORDS: usize = 256;
+
+/// The heartbeat's timestamp before the replica has been in step for the first time. Not 0, which is
+/// "I am the primary" in the terms of LiteFS's replicas.
+const NEVER: i64 = 1;
+
+/// What a replica said when it connected.
+#[derive(Debug)]
+pub struct Replica {
+    /// Its node ID as it wrote it, for the log.
+    pub id: String,
+    /// Its position in each of its databases.
+    pub positions: PosMap,
+    /// The databases that it wants; all if empty.
+    pub filter: BTreeSet<String>,
+}
+
+/// Why a stream ended before its time.
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// The replica closed the stream or its connection broke.
+    #[error("the replica went away")]
+    Gone,
+    /// It does not read what it is sent.
+    #[error("the replica took nothing for {0:?}")]
+    Slow(Duration),
+    /// A snapshot took longer than `http.snapshot-timeout`.
+    #[error("the snapshot of {db} took longer than {limit:?}; raise http.snapshot-timeout")]
+    SnapshotTimeout {
+        /// The database.
+        db: String,
+        /// The time that it had.
+        limit: Duration,
+    },
+    /// The node stops and the replica did not take the last transactions in time.
+    #[error("the node stops, and the replica did not take the rest within {} s", DRAIN_TIMEOUT.as_secs())]
+    Drain,
+    /// The log or the database could not be read; nothing of it was sent.
+    #[error("cannot read {db} for a replica: {source}")]
+    Store {
+        /// The database.
+        db: String,
+        /// What the store says.
+        source: StoreError,
+    },
+    /// The database could not be read to its end, in the middle of its frame.
+    #[error("cannot go on with the snapshot of {db}: {source}")]
+    Snapshot {
+        /// The database.
+        db: String,
+        /// What the store says.
+        source: StoreError,
+    },
+    /// A reading thread died; its panic is in the log.
+    #[error("a thread that read a database for the replica panicked")]
+    Panic,
+}
+
+/// Sends to `replica` through `out` whatever it lacks, until `stop` resolves (then `Ok`, and the last
+/// frame was `end`) or something goes wrong (then the body must end as an error).
+///
+/// `out` is the answer's body; its capacity ([`CHANNEL_CAPACITY`]) is what a replica that stalls costs.
+pub async fn run(
+    store: Arc<Store>,
+    stats: Arc<Stats>,
+    replica: Replica,
+    limits: Limits,
+    out: mpsc::Sender<Bytes>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), SendError> {
+    let _counted = stats.stream();
+    let mut heartbeat = interval_at(Instant::now() + HEARTBEAT_INTERVAL, HEARTBEAT_INTERVAL);
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut sender = Sender {
+        changes: store.subscribe(),
+        store,
+        stats: &stats,
+        positions: replica.positions,
+        filter: replica.filter,
+        failed: BTreeSet::new(),
+        limits,
+        out,
+        heartbeat,
+        in_step_at: NEVER,
+    };
+    let (stopping, stopped) = watch::channel(false);
+    let drive = sender.drive(stopped);
+    tokio::pin!(drive, stop);
+    tokio::select! {
+        ended = &mut drive => return ended,
+        () = &mut stop => {}
+    }
+    stopping.send_replace(true);
+    timeout(DRAIN_TIMEOUT, drive)
+        .await
+        .unwrap_or(Err(SendError::Drain))
+}
+
+struct Sender<'a> {
+    store: Arc<Store>,
+    stats: &'a Stats,
+    changes: Subscription,
+    /// Where the replica is once it has applied all that was sent.
+    positions: PosMap,
+    filter: BTreeSet<String>,
+    /// Databases whose failure was logged.
+    failed: BTreeSet<String>,
+    limits: Limits,
+    out: mpsc::Sender<Bytes>,
+    heartbeat: Interval,
+    /// When everything had been sent for the last time, ms since the Unix epoch.
+    in_step_at: i64,
+}
+
+impl Sender<'_> {
+    /// The whole stream, up to and including its `end` frame.
+    async fn drive(&mut self, mut stopped: watch::Receiver<bool>) -> Result<(), SendError> {
+        let mut dirty: BTreeSet<String> = self.positions.keys().cloned().collect();
+        dirty.extend(self.store.databases().iter().map(|db| db.name().to_owned()));
+        self.round(dirty).await?;
+        self.send_frame(&Frame::Ready).await?;
+        self.in_step_at = now_ms();
+        self.send_heartbeat().await?;
+        loop {
+            let stopping = *stopped.borrow_and_update();
+            if stopping {
+                // What is committed by now is flushed, and so in the subscription.
+                let store = Arc::clone(&self.store);
+                let settle = move || {
+                    store.positions();
+                    Ok(())
+                };
+                self.off_thread("the last transactions", settle).await?;
+            }
+            if let Some(dirty) = self.changes.changed().now_or_never() {
+                self.round(dirty).await?;
+                self.in_step_at = now_ms();
+                continue;
+            }
+            if stopping {
+                return self.send_frame(&Frame::End).await;
+            }
+            tokio::select! {
+                biased;
+                dirty = self.changes.changed() => self.round(dirty).await?,
+                _ = self.heartbeat.tick() => {
+                    self.in_step_at = now_ms();
+                    self.send_heartbeat().await?;
+                }
+                _ = stopped.changed() => {}
+                () = self.out.closed() => return Err(SendError::Gone),
+            }
+        }
+    }
+
+    /// Brings the replica up to date in each database of `dirty` that it wants.
+    async fn round(&mut self, dirty: BTreeSet<String>) -> Result<(), SendError> {
+        for name in dirty {
+            if !self.filter.is_empty() && !self.filter.contains(&name) {
+                continue;
+            }
+            match self.sync(&name).await {
+                // A database that cannot be read holds up no other; it is tried at its next change.
+                Err(error @ SendError::Store { .. }) => {
+                    if self.failed.insert(name) {
+                        warn!(%error, "a database is not replicated");
+                    }
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the replica up to where the database is now.
+    async fn sync(&mut self, name: &str) -> Result<(), SendError> {
+        let Some(db) = self.store.database(name).filter(|db| !db.pos().is_zero()) else {
+            return self.send_drop(name).await;
+        };
+        let target = db.pos();
+        loop {
+            let from = self.positions.get(name).copied().unwrap_or_default();
+            let reader = Arc::clone(&db);
+            let batch = self
+                .off_thread(name, move || read_batch(&reader, from))
+                .await?;
+            match batch {
+                Batch::UpToDate => return Ok(()),
+                Batch::Snapshot => self.send_snapshot(name, &db).await?,
+                Batch::Records(records) => {
+                    for record in records {
+                        self.send_record(name, record).await?;
+                    }
+                }
+            }
+            if self
+                .positions
+                .get(name)
+                .is_some_and(|pos| pos.txid >= target.txid)
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Tells the replica, once, that it has a database that this node has not. It keeps it.
+    async fn send_drop(&mut self, name: &str) -> Result<(), SendError> {
+        if self.positions.remove(name).is_none() {
+            return Ok(());
+        }
+        warn!(
+            db = name,
+            "a replica has a database that this node, the primary, does not have"
+        );
+        self.send_frame(&Frame::DropDb {
+            name: name.to_owned(),
+        })
+        .await
+    }
+
+    async fn send_record(&mut self, name: &str, record: Record) -> Result<(), SendError> {
+        let mut bytes = Vec::new();
+        encode_ltx(name, &record.bytes, &mut bytes);
+        Frame::HighWaterMark {
+            txid: 0,
+            name: name.to_owned(),
+        }
+        .encode(&mut bytes);
+        self.send(bytes.into()).await?;
+        self.stats.count_sent(name, SentKind::Ltx);
+        let pos = Pos {
+            txid: record.max_txid,
+            checksum: record.post_apply_checksum,
+        };
+        self.positions.insert(name.to_owned(), pos);
+        Ok(())
+    }
+
+    /// Sends the whole database as of its position now, read by a thread of its own.
+    async fn send_snapshot(&mut self, name: &str, db: &Arc<Database>) -> Result<(), SendError> {
+        let reader = Arc::clone(db);
+        let snapshot = self.off_thread(name, move || reader.snapshot()).await?;
+        // The thread gives up as soon as `_alive` is gone, that is when this future is dropped.
+        let (_alive, cancelled) = watch::channel(());
+        let job = SnapshotJob {
+            name: name.to_owned(),
+            limits: self.limits,
+            deadline: Instant::now() + self.limits.snapshot,
+            out: self.out.clone(),
+            cancelled,
+            runtime: Handle::current(),
+        };
+        let pos = tokio::task::spawn_blocking(move || job.run(snapshot))
+            .await
+            .map_err(|_| SendError::Panic)??;
+        self.stats.count_sent(name, SentKind::Snapshot);
+        self.positions.insert(name.to_owned(), pos);
+        Ok(())
+    }
+
+    /// Runs what reads the disk on a thread for such work, with heartbeats meanwhile.
+    async fn off_thread<T: Send + 'static>(
+        &mut self,
+        db: &str,
+        work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, SendError> {
+        let mut task = tokio::task::spawn_blocking(work);
+        loop {
+            tokio::select! {
+                biased;
+                done = &mut task => {
+                    return done
+                        .map_err(|_| SendError::Panic)?
+                        .map_err(|source| SendError::Store { db: db.to_owned(), source });
+                }
+                _ = self.heartbeat.tick() => self.send_heartbeat().await?,
+                () = self.out.closed() => return Err(SendError::Gone),
+            }
+        }
+    }
+
+    async fn send_heartbeat(&mut self) -> Result<(), SendError> {
+        self.send_frame(&Frame::Heartbeat {
+            timestamp: self.in_step_at,
+        })
+        .await
+    }
+
+    async fn send_frame(&mut self, frame: &Frame) -> Result<(), SendError> {
+        let mut bytes = Vec::new();
+        frame.encode(&mut bytes);
+        self.send(bytes.into()).await
+    }
+
+    async fn send(&mut self, bytes: Bytes) -> Result<(), SendError> {
+        match timeout(self.limits.send, self.out.send(bytes)).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(_)) => Err(SendError::Gone),
+            Err(_) => Err(SendError::Slow(self.limits.send)),
+        }
+    }
+}
+
+/// What the log holds for a replica.
+enum Batch {
+    UpToDate,
+    Records(Vec<Record>),
+    Snapshot,
+}
+
+/// Reads the records that follow `from`, as many as make a good batch. Blocks on the disk.
+fn read_batch(db: &Database, mut from: Pos) -> Result<Batch, StoreError> {
+    let mut records = Vec::new();
+    let mut bytes = 0;
+    while bytes < BATCH_BYTES && records.len() < BATCH_RECORDS {
+        match db.record_after(from)? {
+            Next::Record(record) => {
+                bytes += record.bytes.len();
+                from = Pos {
+                    txid: record.max_txid,
+                    checksum: record.post_apply_checksum,
+                };
+                records.push(record);
+            }
+            Next::UpToDate if records.is_empty() => return Ok(Batch::UpToDate),
+            Next::Snapshot if records.is_empty() => return Ok(Batch::Snapshot),
+            Next::UpToDate | Next::Snapshot => break,
+        }
+    }
+    Ok(Batch::Records(records))
+}
+
+/// What the thread that sends one snapshot needs.
+struct SnapshotJob {
+    name: String,
+    limits: Limits,
+    deadline: Instant,
+    out: mpsc::Sender<Bytes>,
+    cancelled: watch::Receiver<()>,
+    runtime: Handle,
+}
+
+impl SnapshotJob {
+    /// Sends the LTX frame and gives the snapshot's position.
+    fn run(mut self, mut snapshot: Snapshot) -> Result<Pos, SendError> {
+        // Why a piece was not sent: the snapshot's writer only sees an I/O error.
+        let mut refused = None;
+        let name = self.name.clone();
+        let mut writer = ChunkWriter::new(&name, |piece| {
+            self.send(piece).map_err(|error| {
+                let seen = io::Error::other(error.to_string());
+                refused = Some(error);
+                seen
+            })
+        });
+        let written = snapshot.write_to(&mut writer);
+        // The snapshot is released before the last piece waits for a slow replica.
+        drop(snapshot);
+        let sent = match written {
+            Ok(pos) => writer.finish().map(|()| pos).map_err(|_| SendError::Gone),
+            Err(source) => Err(SendError::Snapshot { db: name, source }),
+        };
+        sent.map_err(|error| refused.unwrap_or(error))
+    }
+
+    fn send(&mut self, piece: Bytes) -> Result<(), SendError> {
+        let Self {
+            out,
+            cancelled,
+            deadline,
+            ..
+        } = self;
+        let until = (*deadline).min(Instant::now() + self.limits.send);
+        let sent = self.runtime.block_on(async {
+            tokio::select! {
+                biased;
+                _ = cancelled.changed() => None,
+                sent = timeout_at(until, out.send(piece)) => Some(sent),
+            }
+        });
+        match sent {
+            _ if Instant::now() >= self.deadline => Err(SendError::SnapshotTimeout {
+                db: self.name.clone(),
+                limit: self.limits.snapshot,
+            }),
+            Some(Ok(Ok(()))) => Ok(()),
+            Some(Err(_)) => Err(SendError::Slow(self.limits.send)),
+            None | Some(Ok(Err(_))) => Err(SendError::Gone),
+        }
+    }
+}
+
+/// This moment in milliseconds since the Unix epoch.
+pub(crate) fn now_ms() -> i64 {
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,403 @@
+//! The receiving side against primaries that misbehave, and the sending side with replicas that do.
+
+use std::convert::Infallible;
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Frame as BodyFrame, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto;
+use parking_lot::Mutex;
+use tenure_lease::PrimaryInfo;
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::time::{Instant, timeout};
+
+use crate::http::harness::{TestNode, golden};
+use crate::ltx::Pos;
+use crate::store::StoreError;
+
+use super::frame::{Frame, FrameError, encode_ltx};
+use super::posmap::{self, PosMap};
+use super::receiver::{Ended, Progress, Receiver, StreamError};
+use super::sender::{self, Limits, Replica, SendError};
+use super::stats::Stats;
+
+/// What a fake primary does after it has sent its bytes.
+#[derive(Clone, Copy)]
+enum Then {
+    End,
+    Hang,
+}
+
+/// A primary that answers every stream with `body`, and the position maps that it was sent.
+async fn fake_primary(body: Vec<u8>, then: Then) -> (PrimaryInfo, Arc<Mutex<Vec<PosMap>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let maps = Arc::new(Mutex::new(Vec::new()));
+    let seen = Arc::clone(&maps);
+    tokio::spawn(async move {
+        loop {
+            let (socket, _) = listener.accept().await.unwrap();
+            let (body, seen) = (Bytes::from(body.clone()), Arc::clone(&seen));
+            let service = service_fn(move |request: Request<Incoming>| {
+                let (body, seen) = (body.clone(), Arc::clone(&seen));
+                async move {
+                    let map = request.into_body().collect().await.unwrap().to_bytes();
+                    seen.lock().push(posmap::decode(&map).unwrap());
+                    let sent = stream::iter([Ok::<_, Infallible>(BodyFrame::data(body))]);
+                    let rest = match then {
+                        Then::End => stream::empty().boxed(),
+                        Then::Hang => stream::pending().boxed(),
+                    };
+                    let response = Response::new(StreamBody::new(sent.chain(rest)));
+                    Ok::<_, Infallible>(response)
+                }
+            });
+            tokio::spawn(async move {
+                let builder = auto::Builder::new(TokioExecutor::new());
+                let _ = builder
+                    .serve_connection(TokioIo::new(socket), service)
+                    .await;
+            });
+        }
+    });
+    (
+        PrimaryInfo {
+            hostname: "fake".into(),
+            advertise_url: url,
+        },
+        maps,
+    )
+}
+
+fn receiver(node: &TestNode) -> Receiver {
+    Receiver::new(
+        Arc::clone(&node.store),
+        Arc::clone(&node.stats),
+        Default::default(),
+    )
+    .unwrap()
+}
+
+async fn follow(receiver: &Receiver, primary: &PrimaryInfo) -> Result<Ended, StreamError> {
+    let never = watch::Sender::new(false);
+    receiver
+        .follow(primary, &mut never.subscribe(), mpsc::channel(8).0)
+        .await
+}
+
+fn golden_body() -> Vec<u8> {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/fixtures/stream");
+    fs::read(format!("{dir}/stream-body.bin")).unwrap()
+}
+
+#[tokio::test]
+async fn a_stream_of_litefs_is_applied_and_its_silence_ends_it() {
+    let node = TestNode::new();
+    let (primary, maps) = fake_primary(golden_body(), Then::Hang).await;
+    let (progress, mut reached) = mpsc::channel(8);
+    let never = watch::Sender::new(false);
+    let start = Instant::now();
+    let error = receiver(&node)
+        .follow(&primary, &mut never.subscribe(), progress)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, StreamError::Idle), "{error}");
+    assert!(
+        (5..8).contains(&start.elapsed().as_secs()),
+        "{:?}",
+        start.elapsed()
+    );
+    assert_eq!(*maps.lock(), [PosMap::new()]);
+    assert_eq!(reached.recv().await, Some(Progress::Connected));
+    assert_eq!(reached.recv().await, Some(Progress::Ready));
+    let pos = Pos {
+        txid: 8,
+        checksum: 0xedd7_7332_0bdf_5756,
+    };
+    assert_eq!(node.pos("wal4096.db"), pos);
+    assert_eq!(
+        node.pos("drop.db"),
+        Pos {
+            txid: 3,
+            checksum: 1 << 63
+        }
+    );
+    assert_eq!(node.pos("delete4096.db").txid, 6);
+    assert!(
+        node.store.lag().unwrap() != 0,
+        "the heartbeats are of another day"
+    );
+    assert!(node.stats.lags().is_empty(), "snapshots have no lag");
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_off_is_an_error() {
+    for cut in [golden_body().len(), 3, 500, 2378] {
+        let node = TestNode::new();
+        let (primary, _) = fake_primary(golden_body()[..cut].to_vec(), Then::End).await;
+        let receiver = receiver(&node);
+        let error = follow(&receiver, &primary).await.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                StreamError::Frame(FrameError::Eof | FrameError::Io(_))
+            ),
+            "cut at {cut}: {error}"
+        );
+        // Half a file leaves nothing behind.
+        let applied = node.pos("wal4096.db").txid;
+        assert_eq!(applied, if cut > 1112 { 8 } else { 0 }, "cut at {cut}");
+    }
+}
+
+#[tokio::test]
+async fn the_ends_that_are_no_error() {
+    let node = TestNode::new();
+    let mut end = Vec::new();
+    Frame::Ready.encode(&mut end);
+    // Both are ignored, and so is a database that nobody here has.
+    Frame::DropDb {
+        name: "ghost.db".into(),
+    }
+    .encode(&mut end);
+    Frame::HighWaterMark {
+        txid: 0,
+        name: "x.db".into(),
+    }
+    .encode(&mut end);
+    let mut handoff = end.clone();
+    Frame::End.encode(&mut end);
+    Frame::Handoff {
+        lease_id: "abc".into(),
+    }
+    .encode(&mut handoff);
+    let (primary, _) = fake_primary(end, Then::Hang).await;
+    assert_eq!(
+        follow(&receiver(&node), &primary).await.unwrap(),
+        Ended::End
+    );
+    let (primary, _) = fake_primary(handoff, Then::Hang).await;
+    assert_eq!(
+        follow(&receiver(&node), &primary).await.unwrap(),
+        Ended::Handoff("abc".into())
+    );
+
+    let (primary, _) = fake_primary(Vec::new(), Then::Hang).await;
+    let cancel = watch::Sender::new(false);
+    let mut cancelled = cancel.subscribe();
+    let receiver = receiver(&node);
+    let following = receiver.follow(&primary, &mut cancelled, mpsc::channel(8).0);
+    let stopping = async {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        cancel.send_replace(true);
+    };
+    let (ended, ()) = tokio::join!(following, stopping);
+    assert_eq!(ended.unwrap(), Ended::Cancelled);
+}
+
+#[tokio::test]
+async fn a_transaction_that_does_not_fit_twice_is_replaced_by_a_snapshot() {
+    let node = TestNode::new();
+    let files = golden("delete-4096-raw");
+    node.seed("a.db", &files[..2]).await;
+    let pos = node.pos("a.db");
+    let mut body = Vec::new();
+    encode_ltx("a.db", &files[4], &mut body);
+    let (primary, maps) = fake_primary(body, Then::Hang).await;
+    let receiver = receiver(&node);
+    for _ in 0..3 {
+        let error = follow(&receiver, &primary).await.unwrap_err();
+        let StreamError::Store {
+            source: StoreError::PositionMismatch { have, .. },
+            ..
+        } = error
+        else {
+            panic!("{error}");
+        };
+        assert_eq!(have, pos);
+    }
+    assert_eq!(node.pos("a.db"), pos);
+    let with = PosMap::from([("a.db".to_owned(), pos)]);
+    assert_eq!(*maps.lock(), [with.clone(), with.clone(), PosMap::new()]);
+
+    // A file that fits puts an end to it.
+    let mut body = Vec::new();
+    encode_ltx("a.db", &files[2], &mut body);
+    Frame::End.encode(&mut body);
+    let (primary, _) = fake_primary(body, Then::Hang).await;
+    assert_eq!(follow(&receiver, &primary).await.unwrap(), Ended::End);
+    assert_eq!(node.pos("a.db").txid, 3);
+}
+
+#[tokio::test]
+async fn names_and_files_from_a_primary_are_checked() {
+    let node = TestNode::new();
+    let file = &golden("delete-4096-raw")[0];
+    for name in ["../x", "a-wal", ".lag"] {
+        let mut body = Vec::new();
+        encode_ltx(name, file, &mut body);
+        let (primary, _) = fake_primary(body, Then::Hang).await;
+        let error = follow(&receiver(&node), &primary).await.unwrap_err();
+        assert!(matches!(error, StreamError::Name(_)), "{error}");
+    }
+    // More than one file in a frame, and a damaged one.
+    let mut two = file.clone();
+    two.extend_from_slice(file);
+    let mut damaged = file.clone();
+    let last = damaged.len() - 1;
+    damaged[last] ^= 1;
+    for (name, ltx) in [("two.db", two), ("damaged.db", damaged)] {
+        let mut body = Vec::new();
+        encode_ltx(name, &ltx, &mut body);
+        let (primary, _) = fake_primary(body, Then::Hang).await;
+        let error = follow(&receiver(&node), &primary).await.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                StreamError::Frame(FrameError::TrailingBytes) | StreamError::Store { .. }
+            ),
+            "{error}"
+        );
+    }
+    assert!(node.pos("damaged.db").is_zero());
+}
+
+#[tokio::test]
+async fn addresses_that_lead_nowhere() {
+    let node = TestNode::new();
+    let closed = TcpListener::bind("127.0.0.1:0")
+        .await
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    let receiver = receiver(&node);
+    let go = async |url: String| {
+        let primary = PrimaryInfo {
+            hostname: "p".into(),
+            advertise_url: url,
+        };
+        follow(&receiver, &primary).await.unwrap_err()
+    };
+    assert!(matches!(
+        go("not a url".into()).await,
+        StreamError::Url { .. }
+    ));
+    assert!(matches!(
+        go("https://127.0.0.1:1".into()).await,
+        StreamError::Url { .. }
+    ));
+    let refused = go(format!("http://{closed}")).await;
+    assert!(matches!(&refused, StreamError::Connect { .. }), "{refused}");
+    assert!(
+        refused.to_string().to_lowercase().contains("refused"),
+        "{refused}"
+    );
+    let own = TestNode::primary().await;
+    let own_receiver =
+        super::receiver::Receiver::new(Arc::clone(&own.store), Arc::default(), Default::default())
+            .unwrap();
+    let primary = PrimaryInfo {
+        hostname: "p".into(),
+        advertise_url: own.url.clone(),
+    };
+    let error = follow(&own_receiver, &primary).await.unwrap_err();
+    assert!(matches!(error, StreamError::Own(_)), "{error}");
+}
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+/// A replica that has nothing.
+fn empty_replica() -> Replica {
+    Replica {
+        id: "r".into(),
+        positions: PosMap::new(),
+        filter: Default::default(),
+    }
+}
+
+#[tokio::test]
+async fn a_replica_that_reads_nothing_is_cut_off() {
+    let node = TestNode::new();
+    node.seed("a.db", &golden("delete-4096-raw")[..1]).await;
+    // Room for the snapshot alone: the next frame finds the channel full.
+    let (out, _unread) = mpsc::channel(1);
+    let limits = Limits {
+        send: Duration::from_millis(300),
+        snapshot: MINUTE,
+    };
+    let start = Instant::now();
+    let (store, stats) = (Arc::clone(&node.store), Arc::new(Stats::default()));
+    let sent = sender::run(
+        store,
+        stats,
+        empty_replica(),
+        limits,
+        out,
+        std::future::pending(),
+    );
+    assert!(matches!(
+        timeout(MINUTE, sent).await.unwrap(),
+        Err(SendError::Slow(_))
+    ));
+    assert!(start.elapsed() >= limits.send);
+}
+
+#[tokio::test]
+async fn a_snapshot_has_its_time_and_no_more() {
+    let node = TestNode::new();
+    // 65,536-byte pages: more than one piece.
+    node.seed("big.db", &golden("delete-65536-lz4")).await;
+    let (out, mut unread) = mpsc::channel(1);
+    out.send(Bytes::new()).await.unwrap();
+    let (store, stats) = (Arc::clone(&node.store), Arc::new(Stats::default()));
+    let limits = Limits::new(Duration::from_millis(300));
+    let error = sender::run(
+        store,
+        stats,
+        empty_replica(),
+        limits,
+        out,
+        std::future::pending(),
+    )
+    .await
+    .unwrap_err();
+    assert!(
+        matches!(error, SendError::SnapshotTimeout { .. }),
+        "{error}"
+    );
+    unread.close();
+}
+
+#[tokio::test]
+async fn a_stop_during_a_snapshot_ends_its_thread() {
+    let node = TestNode::new();
+    node.seed("big.db", &golden("delete-65536-lz4")).await;
+    let (out, mut taken) = mpsc::channel(1);
+    out.send(Bytes::new()).await.unwrap();
+    let (store, stats) = (Arc::clone(&node.store), Arc::new(Stats::default()));
+    let limits = Limits::new(MINUTE);
+    let error = sender::run(
+        store,
+        stats,
+        empty_replica(),
+        limits,
+        out,
+        std::future::ready(()),
+    )
+    .await
+    .unwrap_err();
+    assert!(matches!(error, SendError::Drain), "{error}");
+    // Every sender is gone once the thread has given up.
+    let end = async { while taken.recv().await.is_some() {} };
+    timeout(Duration::from_secs(5), end)
+        .await
+        .expect("the end of the channel");
+}
