@@ -1,0 +1,200 @@
+//! A configuration tree laid over the defaults: which key sets which field, one line each.
+//!
+//! Each value is checked by itself here, and each section's keys are complete; what sections say
+//! together is `validate`'s.
+
+use std::time::Duration;
+
+use super::ConfigError;
+use super::model::{
+    BackupConfig, Config, ConsulConfig, EtcdConfig, ExecConfig, LeaseConfig, ProxyConfig, Secret,
+    TlsConfig,
+};
+use super::section::{FromNode, Section};
+use super::yaml::{Node, Value};
+
+type Result<T> = std::result::Result<T, ConfigError>;
+
+/// The whole file.
+pub fn config(mut root: Section) -> Result<Config> {
+    let mut c = Config::default();
+    if let Some(mut s) = root.section("fuse")? {
+        s.set("dir", &mut c.fuse.dir)?;
+        s.set("allow-other", &mut c.fuse.allow_other)?;
+        s.set("debug", &mut c.fuse.debug)?;
+        s.finish()?;
+    }
+    if let Some(mut s) = root.section("data")? {
+        s.set("dir", &mut c.data.dir)?;
+        s.set("compress", &mut c.data.compress)?;
+        s.set("retention", &mut c.data.retention)?;
+        s.set(
+            "retention-monitor-interval",
+            &mut c.data.retention_monitor_interval,
+        )?;
+        s.finish()?;
+    }
+    if let Some(node) = root.node("exec") {
+        c.exec = exec(&root, node)?;
+    }
+    root.set("exit-on-error", &mut c.exit_on_error)?;
+    root.set("skip-sync", &mut c.skip_sync)?;
+    root.set("strict-verify", &mut c.strict_verify)?;
+    c.http.snapshot_timeout = c.data.retention;
+    if let Some(mut s) = root.section("http")? {
+        s.set("addr", &mut c.http.addr)?;
+        s.set("snapshot-timeout", &mut c.http.snapshot_timeout)?;
+        s.finish()?;
+    }
+    if let Some(s) = root.section("proxy")? {
+        proxy(s, &mut c.proxy)?;
+    }
+    if let Some(s) = root.section("lease")? {
+        lease(s, &mut c.lease)?;
+    }
+    if let Some(s) = root.section("backup")? {
+        c.backup = Some(backup(s)?);
+    }
+    if let Some(mut s) = root.section("log")? {
+        s.set("format", &mut c.log.format)?;
+        s.set("timestamp", &mut c.log.timestamp)?;
+        s.set("debug", &mut c.log.debug)?;
+        s.finish()?;
+    }
+    if let Some(mut s) = root.section("tracing")? {
+        s.set("enabled", &mut c.tracing.enabled)?;
+        s.set("path", &mut c.tracing.path)?;
+        s.set("max-size", &mut c.tracing.max_size)?;
+        s.set("max-count", &mut c.tracing.max_count)?;
+        s.set("compress", &mut c.tracing.compress)?;
+        s.finish()?;
+    }
+    root.finish()?;
+    Ok(c)
+}
+
+/// `exec`: one command line, or a list of `{cmd, if-candidate}`.
+fn exec(root: &Section, node: &Node) -> Result<Vec<ExecConfig>> {
+    let command = |cmd: String, if_candidate| {
+        if cmd.trim().is_empty() {
+            return Err(root.invalid("exec", "a command is empty"));
+        }
+        Ok(ExecConfig { cmd, if_candidate })
+    };
+    let Value::List(items) = &node.value else {
+        let cmd = String::from_node(node)
+            .map_err(|_| root.invalid("exec", "must be a command line or a list of {cmd: …}"))?;
+        return Ok(vec![command(cmd, false)?]);
+    };
+    let entry = |(i, item)| {
+        let mut s = root.item("exec", i, item)?;
+        let (mut cmd, mut if_candidate) = (String::new(), false);
+        s.set("cmd", &mut cmd)?;
+        s.set("if-candidate", &mut if_candidate)?;
+        s.finish()?;
+        command(cmd, if_candidate)
+    };
+    items.iter().enumerate().map(entry).collect()
+}
+
+fn proxy(mut s: Section, c: &mut ProxyConfig) -> Result<()> {
+    s.set("addr", &mut c.addr)?;
+    s.set("target", &mut c.target)?;
+    s.set("db", &mut c.db)?;
+    s.set("max-lag", &mut c.max_lag)?;
+    s.set("passthrough", &mut c.passthrough)?;
+    s.set("always-forward", &mut c.always_forward)?;
+    s.set("primary-redirect-timeout", &mut c.primary_redirect_timeout)?;
+    s.set("read-timeout", &mut c.read_timeout)?;
+    s.set("read-header-timeout", &mut c.read_header_timeout)?;
+    s.set("write-timeout", &mut c.write_timeout)?;
+    s.set("idle-timeout", &mut c.idle_timeout)?;
+    s.set("debug", &mut c.debug)?;
+    s.finish()
+}
+
+fn lease(mut s: Section, c: &mut LeaseConfig) -> Result<()> {
+    let mut kind = None;
+    s.set("type", &mut kind)?;
+    s.set("hostname", &mut c.hostname)?;
+    s.set("advertise-url", &mut c.advertise_url)?;
+    s.set("candidate", &mut c.candidate)?;
+    s.set("promote", &mut c.promote)?;
+    s.set("reconnect-delay", &mut c.reconnect_delay)?;
+    s.set("demote-delay", &mut c.demote_delay)?;
+    s.set("databases", &mut c.databases)?;
+    c.consul = s.section("consul")?.map(consul).transpose()?;
+    c.etcd = s.section("etcd")?.map(etcd).transpose()?;
+    match kind {
+        Some(kind) => c.kind = kind,
+        None if c.candidate && c.consul.is_none() && c.etcd.is_none() => {}
+        None => {
+            let problem = "is missing: say static, consul or etcd";
+            return Err(s.invalid("type", problem));
+        }
+    }
+    s.finish()
+}
+
+fn consul(mut s: Section) -> Result<ConsulConfig> {
+    let mut c = ConsulConfig {
+        url: Secret(String::new()),
+        key: String::new(),
+        ttl: Duration::from_secs(10),
+        lock_delay: Duration::from_secs(1),
+    };
+    s.set("url", &mut c.url)?;
+    s.set("key", &mut c.key)?;
+    s.set("ttl", &mut c.ttl)?;
+    s.set("lock-delay", &mut c.lock_delay)?;
+    s.finish()?;
+    Ok(c)
+}
+
+fn etcd(mut s: Section) -> Result<EtcdConfig> {
+    let mut c = EtcdConfig {
+        endpoints: Vec::new(),
+        key: String::new(),
+        ttl: Duration::from_secs(10),
+        username: None,
+        password: None,
+        tls: None,
+    };
+    s.set("endpoints", &mut c.endpoints)?;
+    s.set("key", &mut c.key)?;
+    s.set("ttl", &mut c.ttl)?;
+    s.set("username", &mut c.username)?;
+    s.set("password", &mut c.password)?;
+    if let Some(mut s) = s.section("tls")? {
+        let mut tls = TlsConfig::default();
+        s.set("ca", &mut tls.ca)?;
+        s.set("cert", &mut tls.cert)?;
+        s.set("key", &mut tls.key)?;
+        s.finish()?;
+        c.tls = Some(tls);
+    }
+    s.finish()?;
+    Ok(c)
+}
+
+fn backup(mut s: Section) -> Result<BackupConfig> {
+    let mut kind = String::new();
+    s.set("type", &mut kind)?;
+    match kind.as_str() {
+        "file" => {}
+        "litefs-cloud" => {
+            let problem = "litefs-cloud cannot be used: the service LiteFS Cloud has been shut \
+                           down; remove this section, or use type file";
+            return Err(s.invalid("type", problem));
+        }
+        "" => return Err(s.invalid("type", "is missing: say file")),
+        other => return Err(s.invalid("type", format!("must be file, not \"{other}\""))),
+    }
+    let mut path = None;
+    s.set("path", &mut path)?;
+    let Some(path) = path else {
+        return Err(s.invalid("path", "is missing: the directory that holds the backup"));
+    };
+    s.finish()?;
+    Ok(BackupConfig { path })
+}

@@ -1,0 +1,14 @@
+//! Tenure: a replicated file system for SQLite. See the README for what it does, and
+//! [`store`] for how.
+
+pub mod cli;
+pub mod config;
+pub mod fuse;
+pub mod http;
+pub mod ltx;
+pub mod node;
+pub mod role;
+pub mod sqlite;
+pub mod store;
+pub mod stream;
+pub mod telemetry;

@@ -1,0 +1,3 @@
+//! What a running node tells about itself. (Metrics are part of the HTTP server.)
+
+pub mod logging;
