@@ -1,0 +1,228 @@
+//! A node: builds its parts out of a configuration, and starts and stops them in order. The one
+//! place that knows every part, and the only one that knows which lease backends there are.
+//!
+//! Start: data directory (recovered), HTTP listener, mount, role. Stop: role (no more writes),
+//! streams and HTTP, databases (everything in place and saved), and the mount last, lazily, so
+//! that open files never keep a node from ending.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tenure_lease::Leaser;
+use tenure_lease_static::StaticLeaser;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::config::{Config, LeaseKind};
+use crate::fuse::{Mount, MountError, MountOptions};
+use crate::http::api::Api;
+use crate::http::server::{Server, ServerError};
+use crate::role::{self, RoleConfig, RoleError, Status};
+use crate::store::{Options as StoreOptions, Store, StoreError};
+use crate::stream::stats::Stats;
+
+/// How long each part may take to stop.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the command line adds to the configuration.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// Leave a dead mount of an earlier run alone.
+    pub skip_unmount: bool,
+}
+
+/// Why a node did not start, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The data directory.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The HTTP server.
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    /// The mount.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The role.
+    #[error(transparent)]
+    Role(#[from] RoleError),
+    /// The mount was taken away while the node ran.
+    #[error("{} was unmounted by somebody else", .0.display())]
+    Unmounted(PathBuf),
+    /// A part ended that never should.
+    #[error("{0} ended unexpectedly: see the log")]
+    Ended(&'static str),
+    /// This build has no such backend.
+    #[error("lease.type {0} is not available in this version")]
+    Lease(&'static str),
+    /// The system.
+    #[error("{0}: {1}")]
+    System(&'static str, std::io::Error),
+}
+
+/// Runs a node until SIGINT or SIGTERM.
+pub async fn run(config: Config, options: Options) -> Result<(), NodeError> {
+    let mut interrupt = signal(SignalKind::interrupt())
+        .map_err(|e| NodeError::System("cannot handle SIGINT", e))?;
+    let mut terminate = signal(SignalKind::terminate())
+        .map_err(|e| NodeError::System("cannot handle SIGTERM", e))?;
+    let node = Node::start(&config, options).await?;
+    tracing::info!(mount = %config.fuse.dir.display(), http = %node.addr, data = %config.data.dir.display(), "ready to be used");
+    let mut unmounted = node.mount.ended();
+    let mut role = node.role;
+    let mut ended = None;
+    tokio::select! {
+        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
+        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
+        _ = unmounted.wait_for(|u| *u) => ended = Some(NodeError::Unmounted(config.fuse.dir.clone())),
+        r = &mut role => ended = Some(match r {
+            Ok(Err(e)) => NodeError::Role(e),
+            _ => NodeError::Ended("the role loop"),
+        }),
+    }
+    let node = Node { role, ..node };
+    node.stop().await;
+    match ended {
+        Some(e) => Err(e),
+        None => Ok(()),
+    }
+}
+
+/// The parts that run.
+struct Node {
+    store: Arc<Store>,
+    mount: Mount,
+    addr: std::net::SocketAddr,
+    shutdown: watch::Sender<bool>,
+    role: JoinHandle<Result<(), RoleError>>,
+    http: JoinHandle<()>,
+    retention: JoinHandle<()>,
+}
+
+impl Node {
+    async fn start(config: &Config, options: Options) -> Result<Node, NodeError> {
+        let leaser = leaser(config)?;
+        let server = Server::bind(&config.http.addr).await?;
+        let addr = server.local_addr();
+        let store_options = StoreOptions {
+            data_dir: config.data.dir.clone(),
+            compress: config.data.compress,
+            retention: config.data.retention,
+            strict_verify: config.strict_verify,
+        };
+        let store = blocking(move || Store::open(store_options)).await??;
+        let stats = Arc::new(Stats::default());
+        let mount_options = MountOptions {
+            dir: config.fuse.dir.clone(),
+            allow_other: config.fuse.allow_other,
+            skip_unmount: options.skip_unmount,
+        };
+        let mounting = store.clone();
+        let mount = blocking(move || Mount::start(&mounting, &mount_options)).await??;
+        let (shutdown, stop) = watch::channel(false);
+        let (status_tx, status) = watch::channel(Status::default());
+        let api = Arc::new(Api {
+            store: store.clone(),
+            stats: stats.clone(),
+            status: status.clone(),
+            candidate: config.lease.candidate,
+            path: config.fuse.dir.clone(),
+            snapshot_timeout: config.http.snapshot_timeout,
+            fuse_requests: mount.requests(),
+            shutdown: stop.clone(),
+        });
+        let role_config = RoleConfig {
+            candidate: config.lease.candidate,
+            reconnect_delay: config.lease.reconnect_delay,
+            databases: config.lease.databases.clone(),
+        };
+        let role = tokio::spawn(role::run(
+            store.clone(),
+            stats,
+            leaser,
+            role_config,
+            status_tx,
+            stop.clone(),
+        ));
+        let http = tokio::spawn(server.serve(api));
+        let retention = tokio::spawn(retention(
+            store.clone(),
+            config.data.retention_monitor_interval,
+            stop,
+        ));
+        Ok(Node {
+            store,
+            mount,
+            addr,
+            shutdown,
+            role,
+            http,
+            retention,
+        })
+    }
+
+    async fn stop(mut self) {
+        self.shutdown.send_replace(true);
+        for (name, handle) in [
+            ("the HTTP server", self.http),
+            ("the retention monitor", self.retention),
+        ] {
+            if timeout(STOP_TIMEOUT, handle).await.is_err() {
+                tracing::warn!("{name} did not stop in time");
+            }
+        }
+        if !self.role.is_finished() && timeout(STOP_TIMEOUT, self.role).await.is_err() {
+            tracing::warn!("the role loop did not stop in time");
+        }
+        let store = self.store;
+        let closed = blocking(move || {
+            store.close();
+            self.mount.detach();
+        });
+        if closed.await.is_err() {
+            tracing::error!("the databases could not be closed: the next start recovers them");
+        }
+    }
+}
+
+/// Removes old transactions now and then.
+async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Receiver<bool>) {
+    if every.is_zero() {
+        return;
+    }
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(every) => {}
+            _ = shutdown.wait_for(|stop| *stop) => return,
+        }
+        let store = store.clone();
+        if blocking(move || store.prune()).await.is_err() {
+            tracing::error!("removing old transactions failed");
+        }
+    }
+}
+
+/// The backend that the configuration names.
+fn leaser(config: &Config) -> Result<Arc<dyn Leaser>, NodeError> {
+    let lease = &config.lease;
+    match lease.kind {
+        LeaseKind::Static => Ok(Arc::new(StaticLeaser::new(
+            lease.candidate,
+            lease.hostname.clone(),
+            lease.advertise_url.clone(),
+        ))),
+        LeaseKind::Consul => Err(NodeError::Lease("consul")),
+        LeaseKind::Etcd => Err(NodeError::Lease("etcd")),
+    }
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, NodeError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| NodeError::Ended("a thread of the node"))
+}
