@@ -1,0 +1,209 @@
+//! Starts and ends the nodes that are measured.
+//!
+//! Whatever happens, no mount and no process is left behind: a node is stopped when it is dropped,
+//! with limits on every wait, and a thread of its own ends all of them when the whole program has
+//! taken too long (a file system that hangs would hang its caller for ever).
+
+use std::ffi::CString;
+use std::fs::File;
+use std::net::TcpListener;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use crate::{Result, requests};
+
+/// The nodes that run, for the thread that ends them: process ID and mount.
+static RUNNING: Mutex<Vec<(i32, PathBuf)>> = Mutex::new(Vec::new());
+
+const START_LIMIT: Duration = Duration::from_secs(20);
+const STOP_LIMIT: Duration = Duration::from_secs(20);
+
+/// A primary and a replica of it, on this machine.
+pub struct Pair {
+    /// The replica: dropped first, so that it does not log the loss of its primary.
+    pub replica: Node,
+    /// The primary.
+    pub primary: Node,
+}
+
+impl Pair {
+    /// Starts both in directories below `work`, and waits until they are mounted and answer.
+    pub fn start(work: &Path, tenure: Option<&Path>) -> Result<Pair> {
+        let program = match tenure {
+            Some(path) => path.to_path_buf(),
+            None => std::env::current_exe()?.with_file_name("tenure"),
+        };
+        if !program.exists() {
+            return Err(format!(
+                "there is no {}: build it (cargo build --release), or name another by --tenure",
+                program.display()
+            )
+            .into());
+        }
+        let primary_http = free_address()?;
+        let primary = Node::start(&program, work, "primary", &primary_http, &primary_http)?;
+        let replica = Node::start(&program, work, "replica", &free_address()?, &primary_http)?;
+        Ok(Pair { replica, primary })
+    }
+}
+
+/// One running `tenure mount`.
+pub struct Node {
+    child: Child,
+    mount: PathBuf,
+    http: String,
+}
+
+impl Node {
+    fn start(program: &Path, work: &Path, name: &str, http: &str, primary: &str) -> Result<Node> {
+        let dir = work.canonicalize()?.join(name);
+        let (mount, data) = (dir.join("mnt"), dir.join("data"));
+        std::fs::create_dir_all(&mount)?;
+        let config = dir.join("litefs.yml");
+        let candidate = http == primary;
+        // JSON strings are YAML strings.
+        std::fs::write(
+            &config,
+            format!(
+                "fuse:\n  dir: {mount:?}\ndata:\n  dir: {data:?}\nhttp:\n  addr: \"{http}\"\n\
+                 lease:\n  type: static\n  hostname: primary\n  advertise-url: \"http://{primary}\"\n  \
+                 candidate: {candidate}\n"
+            ),
+        )?;
+        let log = dir.join("log");
+        let log_file = File::create(&log)?;
+        let mut command = Command::new(program);
+        command
+            .args(["mount", "-config"])
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(log_file.try_clone()?)
+            .stderr(log_file);
+        // SAFETY: prctl is a system call, which may be made between fork and exec.
+        unsafe { command.pre_exec(stop_with_parent) };
+        let child = command
+            .spawn()
+            .map_err(|e| format!("start {}: {e}", program.display()))?;
+        if let Ok(mut running) = RUNNING.lock() {
+            running.push((child.id() as i32, mount.clone()));
+        }
+        let http = http.to_string();
+        let mut node = Node { child, mount, http };
+        node.wait_until_ready().map_err(|e| {
+            let log = std::fs::read_to_string(&log).unwrap_or_default();
+            format!("the {name} does not start: {e}; its log:\n{log}")
+        })?;
+        Ok(node)
+    }
+
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let deadline = Instant::now() + START_LIMIT;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Err(format!("it ended, {status}").into());
+            }
+            let info = match is_mounted(&self.mount) {
+                true => requests::get(&self.http, "/info"),
+                false => Err("it is not mounted".into()),
+            };
+            match info {
+                Ok(_) => return Ok(()),
+                Err(e) if Instant::now() > deadline => return Err(e),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+
+    /// Its mount point.
+    pub fn mount(&self) -> &Path {
+        &self.mount
+    }
+
+    /// The address of its HTTP API.
+    pub fn http(&self) -> &str {
+        &self.http
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        let pid = self.child.id() as i32;
+        // SAFETY: a signal to a child that has not been waited for: the ID is still its own.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+        let deadline = Instant::now() + STOP_LIMIT;
+        while Instant::now() < deadline && matches!(self.child.try_wait(), Ok(None)) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        if matches!(self.child.try_wait(), Ok(None)) {
+            eprintln!("the node at {} does not stop", self.mount.display());
+            detach(&self.mount);
+            // Fails only when it has ended meanwhile.
+            let _ = self.child.kill();
+        }
+        let _ = self.child.wait();
+        detach(&self.mount);
+        if let Ok(mut running) = RUNNING.lock() {
+            running.retain(|(id, _)| *id != pid);
+        }
+    }
+}
+
+/// Has the kernel send SIGTERM to this (new) process when the one that started it ends, however
+/// that comes about: the node then unmounts.
+fn stop_with_parent() -> std::io::Result<()> {
+    // SAFETY: takes numbers only.
+    match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGTERM) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Ends this program, its nodes and their mounts after `limit`.
+pub fn end_after(limit: Duration) {
+    std::thread::spawn(move || {
+        std::thread::sleep(limit);
+        eprintln!("ERROR: not done after {} s, giving up", limit.as_secs());
+        if let Ok(running) = RUNNING.lock() {
+            for (pid, mount) in running.iter() {
+                detach(mount);
+                // SAFETY: a child of this process that has not been waited for (see Node::drop).
+                unsafe { libc::kill(*pid, libc::SIGKILL) };
+            }
+        }
+        std::process::exit(3);
+    });
+}
+
+/// An address on the loopback that nobody listened on a moment ago.
+fn free_address() -> Result<String> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    Ok(listener.local_addr()?.to_string())
+}
+
+/// Asks the kernel's list, never the mount itself: a dead one would not answer.
+fn is_mounted(mount: &Path) -> bool {
+    let wanted = mount.as_os_str().as_bytes();
+    std::fs::read("/proc/self/mountinfo").is_ok_and(|list| {
+        list.split(|b| *b == b'\n')
+            .any(|line| line.split(|b| *b == b' ').nth(4) == Some(wanted))
+    })
+}
+
+/// Takes a mount out of the tree, whoever still uses it; a node's locks session may be mounted
+/// below, so everything goes that is at or below the point.
+fn detach(mount: &Path) {
+    let Ok(point) = CString::new(mount.as_os_str().as_bytes()) else {
+        return;
+    };
+    for _ in 0..8 {
+        if !is_mounted(mount) {
+            return;
+        }
+        // SAFETY: a valid C string that lives through the call.
+        unsafe { libc::umount2(point.as_ptr(), libc::MNT_DETACH) };
+    }
+}
