@@ -1,0 +1,197 @@
+//! Processes that are killed at random moments, a hundred times over the four modes: nothing
+//! acknowledged is missing, nothing unacknowledged is half there, the next writer works, and the
+//! replica follows.
+//!
+//! `TENURE_CRASH_ROUNDS` is the number of rounds a mode (25). Each round kills one of: the writing
+//! process, the primary, the replica, or the primary together with the writer.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::helper::{WRITER_TABLES, Writer, assert_whole_transactions};
+use common::{Cluster, Options, Pair, SOON, sqlite3};
+use rand::Rng;
+
+helper_test!();
+
+fn rounds() -> u32 {
+    match std::env::var("TENURE_CRASH_ROUNDS") {
+        Ok(text) => text.parse().expect("TENURE_CRASH_ROUNDS is a number"),
+        Err(_) => 25,
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Victim {
+    Writer,
+    Primary,
+    Replica,
+    PrimaryAndWriter,
+}
+
+const VICTIMS: [Victim; 4] = [
+    Victim::Writer,
+    Victim::Primary,
+    Victim::Replica,
+    Victim::PrimaryAndWriter,
+];
+
+fn crash_rounds(mode: &str, synchronous: &str, rounds: u32) {
+    let mut pair = Cluster::static_pair_with(60 + u64::from(rounds) * 12, |options| Options {
+        strict_verify: true,
+        ..options
+    });
+    sqlite3(&pair.primary.db("x.db"), WRITER_TABLES);
+    pair.assert_same("x.db");
+    let mut newest = 0;
+    for round in 0..rounds {
+        let victim = VICTIMS[round as usize % VICTIMS.len()];
+        newest = crash_round(&mut pair, mode, synchronous, round, victim, newest);
+    }
+    assert!(newest > i64::from(rounds), "hardly anything was written");
+}
+
+/// Starts a writer, kills the victim, starts it again, and checks; the newest transaction.
+fn crash_round(
+    pair: &mut Pair,
+    mode: &str,
+    synchronous: &str,
+    round: u32,
+    victim: Victim,
+    before: i64,
+) -> i64 {
+    let path = pair.primary.db("x.db");
+    let mut writer = Writer::start(&path, pair.cluster.dir(), mode, synchronous);
+    let what = format!("{mode}, {synchronous}, round {round}, {victim:?}");
+    // The moment is any within a few transactions after the first.
+    let deadline = Instant::now() + SOON;
+    while writer.acknowledged() <= before {
+        assert!(
+            Instant::now() < deadline && writer.error().is_none(),
+            "{what}: the writer does not get on: {:?}",
+            writer.output()
+        );
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    std::thread::sleep(Duration::from_micros(rand::rng().random_range(0..60_000)));
+    match victim {
+        Victim::Writer => writer.process.kill9(),
+        Victim::Primary => {
+            pair.primary.kill9();
+            // Its files are gone: it meets an error, and must not call a commit acknowledged.
+            writer.process.wait(SOON);
+            pair.primary.start();
+        }
+        Victim::Replica => {
+            pair.replica.kill9();
+            std::thread::sleep(Duration::from_millis(20));
+            writer.process.kill9();
+            pair.replica.start();
+        }
+        Victim::PrimaryAndWriter => {
+            pair.primary.kill9();
+            writer.process.kill9();
+            pair.primary.start();
+        }
+    }
+    let acknowledged = writer.acknowledged().max(before);
+    println!("{what}: {acknowledged} acknowledged");
+    if matches!(victim, Victim::Writer | Victim::Replica) {
+        assert_eq!(writer.error(), None, "{what}");
+    }
+    let newest = assert_whole_transactions(&path, acknowledged);
+    pair.assert_same("x.db");
+    newest
+}
+
+#[test]
+fn killed_in_delete_mode() {
+    crash_rounds("delete", "FULL", rounds());
+}
+
+#[test]
+fn killed_in_truncate_mode() {
+    crash_rounds("truncate", "FULL", rounds());
+}
+
+#[test]
+fn killed_in_persist_mode() {
+    crash_rounds("persist", "NORMAL", rounds());
+}
+
+#[test]
+fn killed_in_wal_mode() {
+    crash_rounds("wal", "FULL", rounds().div_ceil(2));
+}
+
+#[test]
+fn killed_in_wal_mode_without_waiting_for_the_flush() {
+    crash_rounds("wal", "NORMAL", rounds().div_ceil(2));
+}
+
+#[test]
+fn a_transaction_over_two_databases_is_in_both_or_in_none() {
+    let mut pair = Cluster::static_pair(180);
+    for db in ["a.db", "b.db"] {
+        sqlite3(
+            &pair.primary.db(db),
+            "CREATE TABLE t (n INTEGER PRIMARY KEY);",
+        );
+    }
+    let (a, b) = (pair.primary.db("a.db"), pair.primary.db("b.db"));
+    let mut next = 0;
+    for round in 0..8 {
+        let script = (next..next + 2000).fold(
+            format!("ATTACH '{}' AS b;\n", b.display()),
+            |sql, n| {
+                sql + &format!(
+                    "BEGIN; INSERT INTO main.t VALUES ({n}); INSERT INTO b.t VALUES ({n}); COMMIT;\n"
+                )
+            },
+        );
+        let file = pair.cluster.dir().join("script.sql");
+        std::fs::write(&file, script).expect("write the script");
+        let mut child = common::run::Running(
+            std::process::Command::new("sqlite3")
+                .args(["-batch", "-init", "/dev/null"])
+                .arg(&a)
+                .stdin(std::fs::File::open(&file).expect("open the script"))
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .spawn()
+                .expect("start sqlite3"),
+        );
+        let start = pair.primary.txid("a.db");
+        common::wait_until("the first transactions", SOON, || {
+            match pair.primary.txid("a.db") {
+                txid if txid > start + 1 => Ok(()),
+                txid => Err(txid),
+            }
+        });
+        std::thread::sleep(Duration::from_micros(rand::rng().random_range(0..40_000)));
+        if round % 2 == 0 {
+            child.kill9();
+        } else {
+            pair.primary.kill9();
+            child.kill9();
+            pair.primary.start();
+        }
+        // The recovery that SQLite does on its own needs both databases at hand.
+        let query = format!(
+            "ATTACH '{}' AS b; SELECT count(*) FROM main.t; SELECT count(*) FROM b.t;
+             SELECT count(*) FROM main.t JOIN b.t USING (n);",
+            b.display()
+        );
+        let text = sqlite3(&a, &query);
+        let counts: Vec<&str> = text.lines().collect();
+        assert!(
+            counts.len() == 3 && counts.iter().all(|n| *n == counts[0]),
+            "round {round}: rows of a, of b, of both: {counts:?}"
+        );
+        next += 2000;
+        for db in ["a.db", "b.db"] {
+            pair.assert_same(db);
+        }
+    }
+}
