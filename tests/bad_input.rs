@@ -342,7 +342,8 @@ fn a_busy_port() {
 }
 
 fn assert_not_mounted(dir: &Path) {
-    let dir = dir.canonicalize().expect("a directory");
+    // A node that failed early has not made its mount point.
+    let Ok(dir) = dir.canonicalize() else { return };
     let left: Vec<_> = fuse_mounts()
         .into_iter()
         .filter(|m| m.starts_with(&dir))

@@ -46,13 +46,12 @@ pub(super) fn prepare(dir: &Path, skip_unmount: bool) -> Result<PathBuf, MountEr
 /// Detaches mounts of ours at `dir` that no process serves any more.
 fn detach_stale(dir: &Path) -> Result<(), String> {
     for _ in 0..MAX_STACK {
-        let Some(kind) =
-            mounted_at(dir).map_err(|e| format!("cannot read the table of mounts: {e}"))?
-        else {
-            return Ok(());
-        };
-        if kind != format!("fuse.{FS_NAME}") {
-            // Not ours; whether it can be used is seen next.
+        let mounted =
+            mounted_at(dir).map_err(|e| format!("cannot read the table of mounts: {e}"))?;
+        // What is not ours is left alone; whether it can be used is seen next.
+        let ours =
+            |(kind, source): &(String, String)| kind.starts_with("fuse") && source == FS_NAME;
+        if !mounted.as_ref().is_some_and(ours) {
             return Ok(());
         }
         if is_served(dir) {
@@ -79,8 +78,8 @@ fn is_served(dir: &Path) -> bool {
     rx.recv_timeout(PROBE).unwrap_or(true)
 }
 
-/// The file system type of what is mounted on top at exactly this path.
-fn mounted_at(dir: &Path) -> io::Result<Option<String>> {
+/// What is mounted on top at exactly this path: the file system's type and source.
+fn mounted_at(dir: &Path) -> io::Result<Option<(String, String)>> {
     let table = fs::read("/proc/self/mountinfo")?;
     let mut found = None;
     for line in table.split(|b| *b == b'\n') {
@@ -88,10 +87,14 @@ fn mounted_at(dir: &Path) -> io::Result<Option<String>> {
         let Some(separator) = fields.iter().position(|f| *f == b"-") else {
             continue;
         };
-        if let (Some(point), Some(kind)) = (fields.get(4), fields.get(separator + 1))
-            && unescape(point) == dir
+        if let (Some(point), Some(kind), Some(source)) = (
+            fields.get(4),
+            fields.get(separator + 1),
+            fields.get(separator + 2),
+        ) && unescape(point) == dir
         {
-            found = Some(String::from_utf8_lossy(kind).into_owned());
+            let text = |field: &[u8]| String::from_utf8_lossy(field).into_owned();
+            found = Some((text(kind), text(source)));
         }
     }
     Ok(found)

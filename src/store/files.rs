@@ -242,9 +242,10 @@ impl Database {
             st.view_size = size;
             return Ok(());
         }
-        if size < st.committed_size() {
+        // SQLite cuts off what a transaction left behind, and makes room before a checkpoint.
+        if size < st.committed_size() || size > st.view_size.max(st.committed_size()) {
             return Err(self.refuse(format!(
-                "a truncation to {size} bytes outside of a transaction: the database has {}",
+                "a change of size to {size} bytes outside of a transaction: the database has {}",
                 st.committed_size()
             )));
         }

@@ -331,7 +331,7 @@ impl Database {
         incoming: &mut Incoming,
     ) -> Result<(), StoreError> {
         let file = locks.database(self, ino)?;
-        let _exclusive = Exclusive::acquire(self, file, Instant::now() + READER_WAIT, false)?;
+        let exclusive = Exclusive::acquire(self, file, Instant::now() + READER_WAIT, false)?;
         self.append_incoming(incoming, true)?;
         let mut st = self.lock();
         let same_size = st.page_size == c.page_size;
@@ -351,9 +351,10 @@ impl Database {
         }
         self.after_advance(&mut st);
         drop(st);
-        self.publish_applied(c);
         let whole = shrunk || !same_size;
         self.invalidate_pages(ino, c.page_size, if whole { &[] } else { &written });
+        drop(exclusive);
+        self.publish_applied(c);
         Ok(())
     }
 

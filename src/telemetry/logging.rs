@@ -52,7 +52,8 @@ fn directives(debug: bool, verbosity: Verbosity) -> String {
         (false, true) => "debug",
         (false, false) => "info",
     };
-    let fuse = if verbosity.fuse { "debug" } else { "warn" };
+    // Its warnings are of requests that are not supported, and of mounts that are gone already.
+    let fuse = if verbosity.fuse { "debug" } else { "error" };
     format!("warn,tenure={own},tenure_lease={own},tenure_lease_static={own},fuser={fuse}")
 }
 
