@@ -131,7 +131,7 @@ impl Node {
             candidate: config.lease.candidate,
             path: config.fuse.dir.clone(),
             snapshot_timeout: config.http.snapshot_timeout,
-            fuse_requests: mount.requests(),
+            fuse_requests: Box::new(mount.requests()),
             shutdown: stop.clone(),
         });
         let role_config = RoleConfig {

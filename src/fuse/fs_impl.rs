@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fuser::*;
@@ -15,6 +15,7 @@ use parking_lot::Mutex;
 use crate::store::{Database, DbFile, FileKind, Name, Store, StoreError};
 
 use super::attr::{self, FOR_EVER};
+use super::crew::Crew;
 use super::nodes::{FileNode, Node, Nodes, ROOT};
 
 /// Largest read that is answered at once.
@@ -28,7 +29,7 @@ thread_local! {
 pub(super) struct TenureFs {
     store: Arc<Store>,
     nodes: Nodes,
-    requests: Arc<AtomicU64>,
+    crew: Arc<Crew>,
     /// Whether WAL indexes are passed through to their backing files.
     passthrough: AtomicBool,
 }
@@ -38,17 +39,13 @@ fn errno(e: &StoreError) -> Errno {
 }
 
 impl TenureFs {
-    pub fn new(store: Arc<Store>, requests: Arc<AtomicU64>) -> TenureFs {
+    pub fn new(store: Arc<Store>, crew: Arc<Crew>) -> TenureFs {
         TenureFs {
             store,
             nodes: Nodes::default(),
-            requests,
+            crew,
             passthrough: AtomicBool::new(false),
         }
-    }
-
-    fn count(&self) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
     }
 
     fn file_node(db: &Arc<Database>, file: Arc<DbFile>) -> Node {
@@ -201,7 +198,7 @@ impl Filesystem for TenureFs {
     }
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.count();
+        let _turn = self.crew.turn();
         if parent.0 != ROOT {
             return reply.error(Errno::ENOENT);
         }
@@ -239,7 +236,7 @@ impl Filesystem for TenureFs {
     }
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.count();
+        let _turn = self.crew.turn();
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -267,7 +264,7 @@ impl Filesystem for TenureFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -293,7 +290,7 @@ impl Filesystem for TenureFs {
     }
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.count();
+        let _turn = self.crew.turn();
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -316,7 +313,7 @@ impl Filesystem for TenureFs {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         if parent.0 != ROOT {
             return reply.error(Errno::ENOENT);
         }
@@ -367,7 +364,7 @@ impl Filesystem for TenureFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -407,7 +404,8 @@ impl Filesystem for TenureFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
+        self.crew.note_write();
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -436,7 +434,8 @@ impl Filesystem for TenureFs {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
+        self.crew.note_wait();
         match self.nodes.get(ino.0) {
             Some(Node::File(f)) => f.db.sync(&f.file, Box::new(answer(reply))),
             Some(_) => reply.ok(),
@@ -452,7 +451,7 @@ impl Filesystem for TenureFs {
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::ENOSYS);
     }
 
@@ -466,7 +465,7 @@ impl Filesystem for TenureFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.ok();
         if let Some(Node::File(f)) = self.nodes.get(ino.0) {
             f.db.released(&f.file, flags.0 & libc::O_ACCMODE != libc::O_RDONLY);
@@ -474,7 +473,8 @@ impl Filesystem for TenureFs {
     }
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.count();
+        let _turn = self.crew.turn();
+        self.crew.note_wait();
         let name = name.to_str().filter(|_| parent.0 == ROOT);
         match name.map(Name::parse) {
             Some(Name::File(kind, db)) => match self.store.database(db) {
@@ -497,7 +497,7 @@ impl Filesystem for TenureFs {
         offset: u64,
         mut reply: ReplyDirectory,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         if ino.0 != ROOT {
             return reply.error(Errno::ENOTDIR);
         }
@@ -536,13 +536,13 @@ impl Filesystem for TenureFs {
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         // Names are in the log before they are acknowledged.
         reply.ok();
     }
 
     fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
-        self.count();
+        let _turn = self.crew.turn();
         match self.store.statvfs() {
             Ok(s) => reply.statfs(
                 s.f_blocks,
@@ -561,7 +561,7 @@ impl Filesystem for TenureFs {
     // What SQLite never asks for, or does without.
 
     fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::ENOSYS);
     }
 
@@ -573,12 +573,12 @@ impl Filesystem for TenureFs {
         _size: u32,
         reply: ReplyXattr,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::ENOSYS);
     }
 
     fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::ENOSYS);
     }
 
@@ -592,12 +592,12 @@ impl Filesystem for TenureFs {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::ENOSYS);
     }
 
     fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::ENOSYS);
     }
 
@@ -611,7 +611,7 @@ impl Filesystem for TenureFs {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::EPERM);
     }
 
@@ -623,7 +623,7 @@ impl Filesystem for TenureFs {
         _newname: &OsStr,
         reply: ReplyEntry,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::EPERM);
     }
 
@@ -635,7 +635,7 @@ impl Filesystem for TenureFs {
         _target: &Path,
         reply: ReplyEntry,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::EPERM);
     }
 
@@ -648,12 +648,12 @@ impl Filesystem for TenureFs {
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::EPERM);
     }
 
     fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::EPERM);
     }
 
@@ -667,7 +667,7 @@ impl Filesystem for TenureFs {
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::EPERM);
     }
 
@@ -681,7 +681,7 @@ impl Filesystem for TenureFs {
         _mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.count();
+        let _turn = self.crew.turn();
         reply.error(Errno::ENOSYS);
     }
 }

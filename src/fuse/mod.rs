@@ -16,7 +16,6 @@ use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
 use fuser::{Config, INodeNo, MountOption, Notifier, Session, SessionACL};
 use tokio::sync::watch;
@@ -25,10 +24,12 @@ use crate::store::Store;
 use crate::store::front::Front;
 
 mod attr;
+mod crew;
 mod fs_impl;
 mod nodes;
 mod points;
 
+use crew::Crew;
 use fs_impl::TenureFs;
 
 /// Name and type of the file system in the table of mounts.
@@ -72,15 +73,15 @@ pub struct Mount {
     store: Arc<Store>,
     attached: bool,
     ended: watch::Receiver<bool>,
-    requests: Arc<AtomicU64>,
+    crew: Arc<Crew>,
 }
 
 impl Mount {
     /// Mounts the store's databases. A dead mount of an earlier run is detached first.
     pub fn start(store: &Arc<Store>, options: &MountOptions) -> Result<Mount, MountError> {
         let dir = points::prepare(&options.dir, options.skip_unmount)?;
-        let requests = Arc::new(AtomicU64::new(0));
-        let fs = TenureFs::new(store.clone(), requests.clone());
+        let crew = Crew::new(worker_threads());
+        let fs = TenureFs::new(store.clone(), crew.clone());
         let mut config = Config::default();
         config.mount_options = vec![
             MountOption::FSName(FS_NAME.to_owned()),
@@ -119,13 +120,14 @@ impl Mount {
             store: store.clone(),
             attached: true,
             ended,
-            requests,
+            crew,
         })
     }
 
     /// Counts the requests that the kernel has sent so far.
-    pub fn requests(&self) -> Arc<AtomicU64> {
-        self.requests.clone()
+    pub fn requests(&self) -> impl Fn() -> u64 + Send + Sync + 'static {
+        let crew = self.crew.clone();
+        move || crew.served()
     }
 
     /// Becomes true when the kernel sends no more requests: somebody unmounted it.

@@ -8,7 +8,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use bytes::Buf;
@@ -53,7 +52,7 @@ pub struct Api {
     /// How long a snapshot may take (`http.snapshot-timeout`).
     pub snapshot_timeout: Duration,
     /// Requests that the kernel has sent to the mount.
-    pub fuse_requests: Arc<AtomicU64>,
+    pub fuse_requests: Box<dyn Fn() -> u64 + Send + Sync>,
     /// Becomes true when the node stops.
     pub shutdown: watch::Receiver<bool>,
 }

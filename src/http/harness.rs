@@ -107,7 +107,7 @@ impl TestNode {
             candidate: true,
             path: "/data".into(),
             snapshot_timeout: Duration::from_secs(60),
-            fuse_requests: Arc::default(),
+            fuse_requests: Box::new(|| 0),
             shutdown: self.shutdown.subscribe(),
         });
         self.tasks.push(tokio::spawn(server.serve(api)));

@@ -110,7 +110,7 @@ fn node(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
         "tenure_fuse_requests_total",
         "Requests of the kernel to the mount.",
     )?;
-    requests.inc_by(api.fuse_requests.load(Ordering::Relaxed));
+    requests.inc_by((api.fuse_requests)());
     register(registry, requests)
 }
 
