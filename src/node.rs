@@ -1,7 +1,7 @@
 //! A node: builds its parts out of a configuration, and starts and stops them in order. The one
 //! place that knows every part, and the only one that knows which lease backends there are.
 //!
-//! Start: data directory (recovered), HTTP listener, mount, role. Stop: role (no more writes),
+//! Start: HTTP listener, data directory (recovered), mount, role, and then answers on HTTP. Stop: role (no more writes),
 //! streams and HTTP, databases (everything in place and saved), and the mount last, lazily, so
 //! that open files never keep a node from ending.
 
@@ -26,6 +26,9 @@ use crate::stream::stats::Stats;
 
 /// How long each part may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long a start waits to learn who is primary.
+const ROLE_WAIT: Duration = Duration::from_secs(2);
 
 /// What the command line adds to the configuration.
 #[derive(Clone, Copy, Debug, Default)]
@@ -147,6 +150,11 @@ impl Node {
             status_tx,
             stop.clone(),
         ));
+        // Whoever gets an answer finds a node that knows what it is, and a primary that can write.
+        let mut decided = status;
+        let known = decided.wait_for(|s| s.is_primary || s.primary.is_some());
+        // A replica without a primary serves reads, and says so.
+        let _ = timeout(ROLE_WAIT, known).await;
         let http = tokio::spawn(server.serve(api));
         let retention = tokio::spawn(retention(
             store.clone(),

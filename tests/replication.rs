@@ -297,7 +297,7 @@ fn open_connections_on_a_replica_see_each_commit() {
         for n in 1..=60 {
             writer
                 .execute(
-                    "INSERT INTO t VALUES (?1, randomblob(?2))",
+                    "INSERT INTO t (n, b) VALUES (?1, randomblob(?2))",
                     [n, n * 97 % 5000],
                 )
                 .expect("insert");

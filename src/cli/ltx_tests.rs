@@ -47,7 +47,8 @@ fn segment(
     change: impl Fn(u64, &mut Vec<u8>),
 ) -> Segment {
     let first = *txids.start();
-    let mut segment = Segment::create(dir, 7, first, first).unwrap();
+    let mut segment =
+        Segment::create(dir.join(segment::file_name(first)), 7, first, first).unwrap();
     for txid in txids {
         let mut body = std::fs::read(golden("wal-4096-raw", txid)).unwrap();
         change(txid, &mut body);

@@ -25,7 +25,7 @@ pub(super) struct MountArgs {
     /// Leave `$VAR` in the configuration file as it is.
     #[arg(long)]
     pub no_expand_env: bool,
-    /// Leave the file system mounted at exit.
+    /// Leave a dead mount of an earlier run alone: the start fails if there is one.
     #[arg(long)]
     pub skip_unmount: bool,
     /// Log debug messages.

@@ -472,6 +472,11 @@ impl Database {
         self.pending.lock().push_back(p);
     }
 
+    /// A snapshot takes the place of whatever was captured and not told of yet.
+    pub(super) fn forget_captured(&self) {
+        self.pending.lock().clear();
+    }
+
     /// Whether anything captured is not yet on disk.
     pub(super) fn has_unflushed(&self) -> bool {
         !self.pending.lock().is_empty()

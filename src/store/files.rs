@@ -155,7 +155,8 @@ impl Database {
         Err(self.refuse("a write to the database without a journal: PRAGMA journal_mode OFF and MEMORY cannot be used here, nor can programs that copy files into the mount"))
     }
 
-    fn check_writable(&self, st: &State) -> Result<(), StoreError> {
+    /// Whether an application may change anything at this moment.
+    pub(super) fn check_writable(&self, st: &State) -> Result<(), StoreError> {
         self.check_usable(st)?;
         if !self.context.is_writable() {
             return Err(StoreError::NotPrimary(self.name.clone()));

@@ -2,6 +2,8 @@
 //!
 //! Invariants:
 //! - Records are contiguous in TXIDs from the oldest to the newest; a snapshot replaces the log.
+//!   It is written beside the log, under a name of its own; once it is on disk, the log before it
+//!   is removed, and it takes its place. A start that finds one whole finishes that.
 //! - An append is in the page cache when [`Appender::commit`] returns: it survives the process.
 //!   It survives power loss once a [`Log::flush`] that began later has ended.
 //! - One flush at a time, and it serves everybody who asked before it began: the first to ask
@@ -23,12 +25,15 @@ use parking_lot::{Mutex, MutexGuard};
 use crc_fast::CrcAlgorithm::Crc64GoIso;
 
 use super::error::StoreError;
-use super::segment::{self, BodyReader, RECORD_HEADER_SIZE, RecordHeader, ScanEnd, Segment};
+use super::log_recovery::{self, sync_dir};
+use super::segment::{self, BodyReader, RECORD_HEADER_SIZE, RecordHeader, Segment};
 
 /// A segment that has grown to this many bytes is followed by a new one.
 const SEGMENT_SIZE: u64 = 4 << 20;
 /// First preallocation of a segment; doubled up to a quarter of the segment.
 const FIRST_ALLOCATION: u64 = 64 << 10;
+/// The segment of a snapshot that is to replace the log.
+pub(super) const REPLACEMENT: &str = "replacement";
 /// How much of a record is gathered before it is written.
 const WRITE_BUFFER: usize = 1 << 20;
 
@@ -59,6 +64,17 @@ struct Inner {
     failed: Option<String>,
 }
 
+impl Inner {
+    /// The newest TXID, 0 if there is none. The active segment may still be empty.
+    fn last_txid(&self) -> u64 {
+        self.segments
+            .iter()
+            .rev()
+            .find_map(Segment::last_txid)
+            .unwrap_or(0)
+    }
+}
+
 struct FlushState {
     flushed_seq: u64,
     running: bool,
@@ -79,24 +95,7 @@ impl Log {
     /// above `verified` are checked byte by byte. A bad record before good, flushed ones is an
     /// error.
     pub fn open(dir: &Path, segment_age: Duration, verified: u64) -> Result<Log, StoreError> {
-        let mut names: Vec<u64> = Vec::new();
-        match fs::read_dir(dir) {
-            Ok(entries) => {
-                for entry in entries {
-                    let entry = entry.map_err(StoreError::io("list log", dir))?;
-                    names.extend(
-                        entry
-                            .file_name()
-                            .to_str()
-                            .and_then(segment::parse_file_name),
-                    );
-                }
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(StoreError::io("list log", dir)(e)),
-        }
-        names.sort_unstable();
-        let segments = open_segments(dir, &names, verified)?;
+        let segments = log_recovery::open(dir, verified)?;
         let log = Log::of(dir, segment_age, segments, None);
         log.sync_opened()?;
         Ok(log)
@@ -168,12 +167,7 @@ impl Log {
 
     /// The last TXID, 0 while empty.
     pub fn last_txid(&self) -> u64 {
-        self.inner
-            .lock()
-            .segments
-            .back()
-            .and_then(Segment::last_txid)
-            .unwrap_or(0)
+        self.inner.lock().last_txid()
     }
 
     /// The first TXID that is still there as a record; 0 while empty.
@@ -226,11 +220,7 @@ impl Log {
                 format!("the log takes no more transactions: {reason}"),
             ));
         }
-        let last = inner
-            .segments
-            .back()
-            .and_then(Segment::last_txid)
-            .unwrap_or(0);
+        let last = inner.last_txid();
         assert!(
             min_txid == 1 || min_txid == last + 1 || last == 0,
             "log gap: {last} then {min_txid}"
@@ -244,7 +234,7 @@ impl Log {
             }
         };
         if rotate {
-            self.rotate(&mut inner, min_txid, max_txid)?;
+            self.rotate(&mut inner, min_txid, max_txid, replaces)?;
         }
         Ok(Appender {
             inner,
@@ -255,11 +245,16 @@ impl Log {
             crc: crc_fast::Digest::new(Crc64GoIso),
             buffer: vec![0u8; RECORD_HEADER_SIZE],
             buffer_at: 0,
-            rotated: rotate,
         })
     }
 
-    fn rotate(&self, inner: &mut Inner, min_txid: u64, max_txid: u64) -> Result<(), StoreError> {
+    fn rotate(
+        &self,
+        inner: &mut Inner,
+        min_txid: u64,
+        max_txid: u64,
+        replaces: bool,
+    ) -> Result<(), StoreError> {
         if !self.dir.exists() {
             fs::create_dir_all(&self.dir)
                 .map_err(StoreError::io("create log directory", &self.dir))?;
@@ -273,7 +268,12 @@ impl Log {
             inner.segments.pop_back();
         }
         let salt = rand::random::<u64>();
-        let new = Segment::create(&self.dir, salt, min_txid, max_txid)?;
+        let name = if replaces {
+            REPLACEMENT.to_owned()
+        } else {
+            segment::file_name(max_txid)
+        };
+        let new = Segment::create(self.dir.join(name), salt, min_txid, max_txid)?;
         if let Some(old) = inner.segments.back() {
             let file = old
                 .file
@@ -356,11 +356,7 @@ impl Log {
                 .segments
                 .back()
                 .map(|s| (s.file.clone(), s.path.clone()));
-            let txid = inner
-                .segments
-                .back()
-                .and_then(Segment::last_txid)
-                .unwrap_or(0);
+            let txid = inner.last_txid();
             (inner.seq, txid, active, others)
         };
         let result = others
@@ -447,85 +443,6 @@ impl Log {
     }
 }
 
-/// Opens the segments of these names in order, and cuts off the torn end of the last crash.
-fn open_segments(
-    dir: &Path,
-    names: &[u64],
-    verified: u64,
-) -> Result<VecDeque<Segment>, StoreError> {
-    let mut segments: VecDeque<Segment> = VecDeque::new();
-    for (i, name) in names.iter().enumerate() {
-        let path = dir.join(segment::file_name(*name));
-        let scanned = Segment::open(&path, verified)?;
-        let last = segments.back().and_then(Segment::last_txid);
-        let follows = |s: &Segment| s.first_min == 1 || last.is_none_or(|t| s.first_min == t + 1);
-        let Some(seg) = scanned.segment.filter(|s| !s.is_empty() && follows(s)) else {
-            // What should follow `last` is missing. It is a torn end unless a later record knows better.
-            let missing = last.map_or(1, |t| t + 1);
-            check_torn(dir, &names[i..], missing, last.is_none())?;
-            remove_segments(dir, &names[i..])?;
-            break;
-        };
-        if seg.first_min == 1 && !segments.is_empty() {
-            // A snapshot replaced what came before, and the crash came before its removal.
-            remove_segments(dir, &names[..i])?;
-            segments.clear();
-        }
-        let expected = seg.last_txid().map_or(0, |t| t + 1);
-        if scanned.end != ScanEnd::Clean || i + 1 == names.len() {
-            if seg.later_record_says_flushed(expected)? {
-                let what = format!(
-                    "transaction {expected:016x} is damaged, and later ones are there: restore the file, or remove {} and let the node fetch the database again",
-                    dir.display()
-                );
-                return Err(StoreError::corrupt(&seg.path, what));
-            }
-            cut_tail(&seg)?;
-        }
-        segments.push_back(seg);
-    }
-    Ok(segments)
-}
-
-/// Zeros behind the last whole record, so that nothing of a torn one is ever read again.
-fn cut_tail(seg: &Segment) -> Result<(), StoreError> {
-    let cut = || -> io::Result<()> {
-        let len = seg.file.metadata()?.len();
-        seg.file.set_len(seg.tail)?;
-        seg.file.set_len(len.max(seg.tail))
-    };
-    cut().map_err(StoreError::io("cut log segment", &seg.path))
-}
-
-/// An error if any of these segments says that `missing` was on disk.
-fn check_torn(dir: &Path, names: &[u64], missing: u64, first: bool) -> Result<(), StoreError> {
-    for name in names {
-        let path = dir.join(segment::file_name(*name));
-        let Some(seg) = Segment::open(&path, 0)?.segment else {
-            continue;
-        };
-        let mut offsets = seg.record_offsets();
-        let flushed = offsets.any(|o| {
-            segment::read_header(&seg.file, seg.salt, o).is_ok_and(|h| h.flushed_txid >= missing)
-        });
-        if flushed && !first {
-            return Err(StoreError::corrupt(
-                &path,
-                format!("transactions from {missing:016x} on are missing before this segment"),
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn remove_segments(dir: &Path, names: &[u64]) -> Result<(), StoreError> {
-    for name in names {
-        let path = dir.join(segment::file_name(*name));
-        fs::remove_file(&path).map_err(StoreError::io("remove log segment", &path))?;
-    }
-    Ok(())
-}
-
 /// A record, found.
 #[derive(Debug)]
 pub struct LogRecord {
@@ -543,7 +460,6 @@ pub struct Appender<'a> {
     min_txid: u64,
     max_txid: u64,
     replaces: bool,
-    rotated: bool,
     length: u64,
     crc: crc_fast::Digest,
     /// Bytes not written yet; they go to `buffer_at` after the tail. The first ones are the header.
@@ -557,8 +473,11 @@ impl Appender<'_> {
         let path = self.segment().path.clone();
         self.finish()
             .map_err(StoreError::io("append to log segment", &path))?;
-        if self.replaces {
-            self.remove_replaced();
+        if self.replaces
+            && let Err(e) = self.take_place()
+        {
+            self.inner.failed = Some(format!("a snapshot could not take its place: {e}"));
+            return Err(e);
         }
         Ok(())
     }
@@ -572,7 +491,7 @@ impl Appender<'_> {
             length: self.length,
             min_txid: self.min_txid,
             max_txid: self.max_txid,
-            flushed_txid: if self.rotated && self.replaces {
+            flushed_txid: if self.replaces {
                 0
             } else {
                 self.inner.flushed_txid
@@ -617,26 +536,25 @@ impl Appender<'_> {
         Ok(())
     }
 
-    /// A snapshot stands for everything: the log before it goes once the snapshot is on disk.
-    fn remove_replaced(&mut self) {
-        let keep = self.inner.segments.len() - 1;
-        let old: Vec<Segment> = self.inner.segments.drain(..keep).collect();
-        let new = self.inner.segments.back().expect("the snapshot's");
-        let synced = new.file.sync_data().and_then(|()| {
-            new.path
-                .parent()
-                .map_or(Ok(()), |d| File::open(d)?.sync_all())
-        });
-        for s in old {
-            if let Err(e) = synced
-                .as_ref()
-                .map_err(|e| io::Error::new(e.kind(), e.to_string()))
-                .and_then(|()| fs::remove_file(&s.path))
-            {
-                // It is removed at the next start: a snapshot in a later segment replaces it.
-                tracing::warn!(path = %s.path.display(), error = %e, "replaced log segment not removed");
-            }
+    /// A snapshot stands for everything: once it is on disk, the log before it goes.
+    fn take_place(&mut self) -> Result<(), StoreError> {
+        let mut new = self.inner.segments.pop_back().expect("the snapshot's");
+        new.file
+            .sync_all()
+            .map_err(StoreError::io("sync log segment", &new.path))?;
+        let dir = new.path.parent().map(Path::to_owned).unwrap_or_default();
+        sync_dir(&dir)?;
+        while let Some(s) = self.inner.segments.pop_front() {
+            fs::remove_file(&s.path).map_err(StoreError::io("remove log segment", &s.path))?;
         }
+        let path = dir.join(segment::file_name(self.max_txid));
+        fs::rename(&new.path, &path).map_err(StoreError::io("rename log segment", &new.path))?;
+        sync_dir(&dir)?;
+        new.path = path;
+        self.inner.segments.push_back(new);
+        // What was flushed before is of another history.
+        self.inner.flushed_txid = self.max_txid;
+        Ok(())
     }
 }
 

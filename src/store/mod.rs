@@ -28,6 +28,7 @@ pub mod front;
 mod index;
 mod litefs;
 mod log;
+mod log_recovery;
 mod names;
 mod overlay;
 mod receive;

@@ -174,6 +174,9 @@ impl Database {
             )
         };
         let captured = incoming.captured(was_wal);
+        if incoming.header.is_snapshot() {
+            self.forget_captured();
+        }
         if captured.commit == 0 {
             self.append_incoming(incoming, true)?;
             locks.close(self);

@@ -138,15 +138,14 @@ pub struct Segment {
 }
 
 impl Segment {
-    /// Creates an empty segment for a first record that spans these TXIDs. The caller syncs the
-    /// file and its directory.
+    /// Creates an empty segment at `path` for a first record that spans these TXIDs. The caller
+    /// syncs the file and its directory.
     pub fn create(
-        dir: &Path,
+        path: PathBuf,
         salt: u64,
         first_min: u64,
         first_max: u64,
     ) -> Result<Segment, StoreError> {
-        let path = dir.join(file_name(first_max));
         let file = File::options()
             .read(true)
             .write(true)

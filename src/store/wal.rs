@@ -130,10 +130,7 @@ impl Database {
         offset: u64,
         data: &[u8],
     ) -> Result<bool, StoreError> {
-        self.check_usable(st)?;
-        if !self.context.is_writable() {
-            return Err(StoreError::NotPrimary(self.name.clone()));
-        }
+        self.check_writable(st)?;
         if st.files.shm.is_none() {
             return Err(self.refuse("a write to the WAL without a WAL index: PRAGMA locking_mode=EXCLUSIVE cannot be used in WAL mode here, set it back to NORMAL"));
         }
@@ -385,6 +382,14 @@ impl Database {
     pub(super) fn backfill_all(&self, st: &mut State) -> Result<(), StoreError> {
         if st.wal.newest.is_empty() {
             return Ok(());
+        }
+        if self.has_unflushed() {
+            // No commit of a rollback mode is under way, so no callback of the flush needs the state.
+            assert!(
+                !st.committing,
+                "the WAL is put away in the middle of a commit"
+            );
+            self.log().flush_wait()?;
         }
         let wal = st.files.wal.clone();
         let file = st.database_file(&self.name)?;
