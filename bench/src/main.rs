@@ -5,7 +5,8 @@
 //! machine drift by a third, ratios of neighbouring rounds do not. Every figure is a rate, so that
 //! a ratio above 1 always means that the mount was faster.
 //!
-//! Without `--mount` the program starts `tenure` itself, a primary and a replica; with `--mount`
+//! Without `--mount` the program starts `tenure` itself, a primary, and a replica for the figures
+//! of replication; with `--mount`
 //! (and `--replica-mount`) it measures whatever is mounted there.
 
 mod cases;
@@ -23,7 +24,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::cases::{Case, Settings};
-use crate::node::Pair;
+use crate::node::Cluster;
 
 /// An error is printed and ends the program: a text is all that is needed of it.
 pub type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -60,7 +61,7 @@ struct Options {
     /// Address (HOST:PORT) of the primary's HTTP API, for --requests
     #[arg(long)]
     http: Option<String>,
-    /// Start a primary and a replica of tenure (the default without --mount)
+    /// Start a primary of tenure, and a replica for replication (the default without --mount)
     #[arg(long, conflicts_with = "mount")]
     start: bool,
     /// The tenure program that --start starts (default: beside this program)
@@ -138,21 +139,20 @@ fn run(options: &Options) -> Result<()> {
         .prefix("tenure-bench-")
         .tempdir_in(&options.work)
         .map_err(|e| format!("make a directory in {}: {e}", options.work.display()))?;
-    let started = match &options.mount {
+    let mut started = match &options.mount {
         Some(_) => None,
-        None => Some(Pair::start(work.path(), options.tenure.as_deref())?),
+        None => Some(Cluster::start(work.path(), options.tenure.as_deref())?),
     };
-    let side = |given: &Option<PathBuf>, started: Option<&Path>| -> Option<PathBuf> {
-        given.clone().or_else(|| started.map(Path::to_path_buf))
-    };
-    let primary = started.as_ref().map(|pair| pair.primary.mount());
-    let replica = started.as_ref().map(|pair| pair.replica.mount());
-    let mount = side(&options.mount, primary).ok_or("there is no mount to measure")?;
-    let replica_mount = side(&options.replica_mount, replica);
+    let primary = started.as_ref().map(|cluster| &cluster.primary);
+    let mount = options
+        .mount
+        .clone()
+        .or_else(|| primary.map(|node| node.mount().to_path_buf()))
+        .ok_or("there is no mount to measure")?;
     let http = options
         .http
         .clone()
-        .or_else(|| started.as_ref().map(|pair| pair.primary.http().to_string()));
+        .or_else(|| primary.map(|node| node.http().to_string()));
 
     machine::print_description(&options.work);
     let settings = Settings {
@@ -168,16 +168,21 @@ fn run(options: &Options) -> Result<()> {
             .map_err(|e| format!("make the directory {}: {e}", plain.display()))?;
         compare(&cases, &plain, &mount, options.rounds.max(1), &settings)?;
     }
-    if wanted(REPLICATION) {
-        match &replica_mount {
-            Some(replica) => replication::run(&mount, replica, options.seconds)?,
-            None => eprintln!("replication is left out: no --replica-mount"),
-        }
-    }
     if wanted(REQUESTS) {
         match &http {
             Some(http) => requests::run(&mount, http)?,
             None => eprintln!("requests are not counted: no --http"),
+        }
+    }
+    if wanted(REPLICATION) {
+        let replica = match (&options.replica_mount, &mut started) {
+            (Some(mount), _) => Some(mount.clone()),
+            (None, Some(cluster)) => Some(cluster.replica()?.mount().to_path_buf()),
+            (None, None) => None,
+        };
+        match replica {
+            Some(replica) => replication::run(&mount, &replica, options.seconds)?,
+            None => eprintln!("replication is left out: no --replica-mount"),
         }
     }
     Ok(())

@@ -22,17 +22,22 @@ static RUNNING: Mutex<Vec<(i32, PathBuf)>> = Mutex::new(Vec::new());
 const START_LIMIT: Duration = Duration::from_secs(20);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 
-/// A primary and a replica of it, on this machine.
-pub struct Pair {
-    /// The replica: dropped first, so that it does not log the loss of its primary.
-    pub replica: Node,
+/// The nodes of a measurement on this machine: a primary, and a replica once it is asked for.
+///
+/// The comparison with plain SQLite is one of a single node: a replica on the same machine would
+/// compete with it for the processors.
+pub struct Cluster {
+    program: PathBuf,
+    work: PathBuf,
+    /// Dropped before the primary, so that it does not log the loss of its primary.
+    replica: Option<Node>,
     /// The primary.
     pub primary: Node,
 }
 
-impl Pair {
-    /// Starts both in directories below `work`, and waits until they are mounted and answer.
-    pub fn start(work: &Path, tenure: Option<&Path>) -> Result<Pair> {
+impl Cluster {
+    /// Starts the primary in a directory below `work`, and waits until it is mounted and answers.
+    pub fn start(work: &Path, tenure: Option<&Path>) -> Result<Cluster> {
         let program = match tenure {
             Some(path) => path.to_path_buf(),
             None => std::env::current_exe()?.with_file_name("tenure"),
@@ -44,10 +49,31 @@ impl Pair {
             )
             .into());
         }
-        let primary_http = free_address()?;
-        let primary = Node::start(&program, work, "primary", &primary_http, &primary_http)?;
-        let replica = Node::start(&program, work, "replica", &free_address()?, &primary_http)?;
-        Ok(Pair { replica, primary })
+        let http = free_address()?;
+        let primary = Node::start(&program, work, "primary", &http, &http)?;
+        Ok(Cluster {
+            program,
+            work: work.to_owned(),
+            replica: None,
+            primary,
+        })
+    }
+
+    /// The replica, started at the first call.
+    pub fn replica(&mut self) -> Result<&Node> {
+        if self.replica.is_none() {
+            let (http, primary) = (free_address()?, self.primary.http());
+            self.replica = Some(Node::start(
+                &self.program,
+                &self.work,
+                "replica",
+                &http,
+                primary,
+            )?);
+        }
+        self.replica
+            .as_ref()
+            .ok_or_else(|| "there is no replica".into())
     }
 }
 
