@@ -254,9 +254,13 @@ impl State {
         Ok(())
     }
 
-    /// The same for all pages, before the database goes.
-    pub fn preserve_all(&mut self, db: &Database) -> Result<(), StoreError> {
-        self.preserve(db, 1..=self.page_count)
+    /// The same for all that a logged transaction changes or cuts off.
+    pub fn preserve_before(&mut self, db: &Database, c: &Captured) -> Result<(), StoreError> {
+        if c.page_size != self.page_size || c.commit == 0 {
+            return self.preserve(db, 1..=self.page_count);
+        }
+        let changed = c.changed.iter().map(|(pgno, _)| *pgno);
+        self.preserve(db, changed.chain(c.commit + 1..=self.page_count))
     }
 }
 

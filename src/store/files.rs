@@ -357,7 +357,7 @@ impl Database {
             }
         };
         let removed = st
-            .preserve_all(self)
+            .preserve_before(self, &captured)
             .and_then(|()| self.remove_files(&mut st));
         self.advance(&mut st, &captured);
         st.page_size = 0;

@@ -53,14 +53,7 @@ pub(super) fn carry_over(db: &Arc<Database>) -> Result<(), StoreError> {
     };
     let newest_path = dir.join(ltx::file_name(min, max));
     let (header, pos) = read_pos(&newest_path)?;
-    let path = db.path(FileKind::Database);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(StoreError::io("open database", &path))?;
+    let file = db.open_backing()?;
     let mut st = db.lock();
     (st.pos, st.page_size, st.page_count, st.timestamp) =
         (pos, header.page_size, header.commit, header.timestamp);

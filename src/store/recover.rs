@@ -87,13 +87,7 @@ impl Database {
             }
             return Ok(false);
         }
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(StoreError::io("open database", &path))?;
+        let file = self.open_backing()?;
         let mut st = self.lock();
         st.saved = saved;
         st.pos = saved.pos;
@@ -108,6 +102,18 @@ impl Database {
             self.checkpoint()?;
         }
         Ok(true)
+    }
+
+    /// The database file, made if it is missing.
+    pub(super) fn open_backing(&self) -> Result<File, StoreError> {
+        let path = self.path(FileKind::Database);
+        File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(StoreError::io("open database", &path))
     }
 
     /// Applies every record after the saved position to the file. True if there was any.

@@ -279,19 +279,23 @@ impl Database {
 
     fn apply_drop(self: &Arc<Self>, c: &Captured) -> Result<(), StoreError> {
         let mut st = self.lock();
-        st.preserve_all(self)?;
+        st.preserve_before(self, c)?;
         self.remove_files(&mut st)?;
         self.advance(&mut st, c);
         st.page_size = 0;
         st.broken = None;
         drop(st);
-        self.publish_applied(c);
-        if let Some(front) = self.context.front() {
-            self.mount_names()
-                .iter()
-                .for_each(|n| front.invalidate_entry(n));
-        }
+        self.show_applied(c);
         Ok(())
+    }
+
+    /// The database came to be, or is gone: names first, so that who sees the position sees them.
+    fn show_applied(self: &Arc<Self>, c: &Captured) {
+        if let Some(front) = self.context.front() {
+            let names = self.mount_names();
+            names.iter().for_each(|n| front.invalidate_entry(n));
+        }
+        self.publish_applied(c);
     }
 
     /// A database that nobody can have open.
@@ -317,12 +321,7 @@ impl Database {
         st.broken = None;
         self.after_advance(&mut st);
         drop(st);
-        self.publish_applied(c);
-        if let Some(front) = self.context.front() {
-            self.mount_names()
-                .iter()
-                .for_each(|n| front.invalidate_entry(n));
-        }
+        self.show_applied(c);
         Ok(())
     }
 
@@ -369,17 +368,7 @@ impl Database {
         incoming: &mut Incoming,
     ) -> Result<(), StoreError> {
         let same_size = st.page_size == c.page_size;
-        if same_size {
-            st.preserve(
-                self,
-                c.changed
-                    .iter()
-                    .map(|(p, _)| *p)
-                    .chain(c.commit + 1..=st.page_count),
-            )?;
-        } else {
-            st.preserve_all(self)?;
-        }
+        st.preserve_before(self, c)?;
         let path = self.path(FileKind::Database);
         let size = u64::from(c.commit) * u64::from(c.page_size);
         self.reserve(st, size)?;

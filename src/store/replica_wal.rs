@@ -121,13 +121,7 @@ impl Database {
             // The commit needs a frame to stand on.
             pages.extend(c.changed.first());
         }
-        st.preserve(
-            self,
-            pages
-                .iter()
-                .map(|(p, _)| *p)
-                .chain(c.commit + 1..=st.page_count),
-        )?;
+        st.preserve_before(self, c)?;
         let last = pages.last().map_or(0, |(p, _)| *p);
         let mut frames: Vec<Frame> = Vec::with_capacity(pages.len());
         self.for_pages(incoming, |pgno, page| {

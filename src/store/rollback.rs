@@ -267,17 +267,7 @@ impl Database {
     fn apply_overlay(&self, st: &mut State, c: &Captured) -> Result<(), StoreError> {
         let path = self.path(FileKind::Database);
         let write = |st: &mut State| -> Result<(), StoreError> {
-            if c.page_size == st.page_size {
-                st.preserve(
-                    self,
-                    c.changed
-                        .iter()
-                        .map(|(p, _)| *p)
-                        .chain(c.commit + 1..=st.page_count),
-                )?;
-            } else {
-                st.preserve(self, 1..=st.page_count)?;
-            }
+            st.preserve_before(self, c)?;
             let file = st.database_file(&self.name)?;
             let size = u64::from(c.commit) * u64::from(c.page_size);
             let bs = u64::from(st.overlay.block_size());

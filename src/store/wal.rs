@@ -285,14 +285,7 @@ impl Database {
             wal_mode,
         };
         let captured = self.append_transaction(st, changed, shape, place, read)?;
-        st.preserve(
-            self,
-            captured
-                .changed
-                .iter()
-                .map(|(p, _)| *p)
-                .chain(commit + 1..=st.page_count),
-        )?;
+        st.preserve_before(self, &captured)?;
         let shrunk = commit < st.page_count;
         self.advance(st, &captured);
         note_newest(st, &pages, captured.pos.txid, shrunk);
