@@ -1,5 +1,6 @@
 //! From changed pages to a record in the log: the part that all journal modes share.
 
+use std::io::Write;
 use std::sync::Arc;
 
 use crate::ltx::{self, Encoder, Header, Pos};
@@ -39,7 +40,24 @@ impl Database {
         changed: Vec<(u32, u64)>,
         shape: Shape,
         place: WalPlace,
+        read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
+    ) -> Result<Captured, StoreError> {
+        let txid = st.pos.txid + 1;
+        let mut appender = self.log().begin(txid, txid)?;
+        let captured = self.encode_transaction(st, changed, shape, place, read, &mut appender)?;
+        appender.commit()?;
+        Ok(captured)
+    }
+
+    /// Writes the LTX file of a transaction that follows the state.
+    pub(super) fn encode_transaction(
+        &self,
+        st: &State,
+        changed: Vec<(u32, u64)>,
+        shape: Shape,
+        place: WalPlace,
         mut read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
+        out: &mut dyn Write,
     ) -> Result<Captured, StoreError> {
         if !self.context.is_writable() {
             return Err(StoreError::NotPrimary(self.name.clone()));
@@ -66,9 +84,7 @@ impl Database {
             node_id: self.context.node_id,
         };
         let context = || format!("transaction {txid:016x} of {}", self.name);
-        let mut appender = self.log().begin(txid, txid)?;
-        let mut encoder =
-            Encoder::new(&mut appender, header).map_err(StoreError::ltx(context()))?;
+        let mut encoder = Encoder::new(out, header).map_err(StoreError::ltx(context()))?;
         let mut page = vec![0u8; shape.page_size as usize];
         for (pgno, _) in &changed {
             read(*pgno, &mut page)?;
@@ -79,7 +95,6 @@ impl Database {
         encoder
             .finish(checksum)
             .map_err(StoreError::ltx(context()))?;
-        appender.commit()?;
         Ok(Captured {
             changed,
             page_size: shape.page_size,

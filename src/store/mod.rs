@@ -26,6 +26,7 @@ mod error;
 mod files;
 pub mod front;
 mod index;
+mod intent;
 mod litefs;
 mod log;
 mod log_recovery;
@@ -109,6 +110,7 @@ impl Store {
             in_step_at: AtomicI64::new(NEVER_IN_STEP),
         };
         store.open_databases(&dbs)?;
+        store.finish_intents()?;
         Ok(Arc::new(store))
     }
 

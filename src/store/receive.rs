@@ -205,7 +205,7 @@ impl Database {
     }
 
     /// Applies a checked file; see the `replica` module for how.
-    fn apply(self: &Arc<Self>, mut incoming: Incoming) -> Result<Received, StoreError> {
+    pub(super) fn apply(self: &Arc<Self>, mut incoming: Incoming) -> Result<Received, StoreError> {
         let mut locks = self.replica.lock();
         if incoming.pos() == self.lock().pos {
             return Ok(Received::Known);

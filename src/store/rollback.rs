@@ -10,6 +10,7 @@
 //! transaction. The journal's own list of pages is never consulted: SQLite does not journal pages
 //! that were free.
 
+use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
@@ -23,6 +24,9 @@ use super::files::Done;
 
 /// Largest step by which space for the database file is reserved ahead.
 const RESERVE_STEP: u64 = 16 << 20;
+
+/// Pages with their checksums, ascending.
+type PageList = Vec<(u32, u64)>;
 
 /// How a journal ends.
 #[derive(Debug)]
@@ -136,8 +140,67 @@ impl Database {
         });
     }
 
+    /// Does what is left of a transaction that was prepared and is committed: it goes into the log,
+    /// then into the file. Whatever fails now sets the database aside, to be finished at the next
+    /// start.
+    pub(super) fn finish_prepared(
+        self: &Arc<Self>,
+        c: &Captured,
+        body: &mut dyn Read,
+    ) -> Result<(), StoreError> {
+        let logged = self
+            .log()
+            .begin(c.pos.txid, c.pos.txid)
+            .and_then(|mut appender| {
+                std::io::copy(body, &mut appender)
+                    .map_err(StoreError::io("append to the log of", &self.dir))?;
+                appender.commit()?;
+                self.note_captured(c);
+                self.log().flush_wait()
+            });
+        let mut st = self.lock();
+        st.committing = false;
+        if let Err(e) = logged {
+            self.set_broken(
+                &mut st,
+                format!("{e}: start the node anew once the cause is mended"),
+            );
+            return Err(e);
+        }
+        self.apply_overlay(&mut st, c)?;
+        self.note_flushed(c.pos.txid);
+        st.journal_active = false;
+        self.after_advance(&mut st);
+        Ok(())
+    }
+
     /// Logs what changed since the journal began, if anything did.
     fn capture_rollback(&self, st: &mut State) -> Result<Option<Captured>, StoreError> {
+        let Some((changed, shape)) = self.changes(st)? else {
+            return Ok(None);
+        };
+        let read = |pgno: u32, page: &mut [u8]| self.read_view_page(st, pgno, page);
+        let captured = self.append_transaction(st, changed, shape, WalPlace::default(), read)?;
+        self.note_captured(&captured);
+        Ok(Some(captured))
+    }
+
+    /// The same, written to `out` in place of the log: a transaction that is committed elsewhere.
+    pub(super) fn prepare_rollback(
+        &self,
+        st: &mut State,
+        out: &mut dyn Write,
+    ) -> Result<Option<Captured>, StoreError> {
+        let Some((changed, shape)) = self.changes(st)? else {
+            return Ok(None);
+        };
+        let read = |pgno: u32, page: &mut [u8]| self.read_view_page(st, pgno, page);
+        self.encode_transaction(st, changed, shape, WalPlace::default(), read, out)
+            .map(Some)
+    }
+
+    /// What changed since the journal began, with space reserved for it.
+    fn changes(&self, st: &mut State) -> Result<Option<(PageList, Shape)>, StoreError> {
         self.check_usable(st)?;
         if st.view_size == 0 && st.page_count == 0 {
             return Ok(None);
@@ -154,17 +217,15 @@ impl Database {
             return Ok(None);
         }
         self.reserve(st, u64::from(shape.commit) * u64::from(shape.page_size))?;
-        let ps = u64::from(shape.page_size);
-        let captured =
-            self.append_transaction(st, changed, shape, WalPlace::default(), |pgno, page| {
-                self.read_view(st, u64::from(pgno - 1) * ps, page)
-                    .map_err(StoreError::io(
-                        "read database",
-                        self.path(FileKind::Database),
-                    ))
-            })?;
-        self.note_captured(&captured);
-        Ok(Some(captured))
+        Ok(Some((changed, shape)))
+    }
+
+    fn read_view_page(&self, st: &State, pgno: u32, page: &mut [u8]) -> Result<(), StoreError> {
+        self.read_view(st, u64::from(pgno - 1) * page.len() as u64, page)
+            .map_err(StoreError::io(
+                "read database",
+                self.path(FileKind::Database),
+            ))
     }
 
     /// What the written database is, by its own header.
@@ -190,7 +251,7 @@ impl Database {
         })
     }
 
-    fn changed_pages(&self, st: &State, shape: Shape) -> Result<Vec<(u32, u64)>, StoreError> {
+    fn changed_pages(&self, st: &State, shape: Shape) -> Result<PageList, StoreError> {
         let lock_page = ltx::lock_pgno(shape.page_size);
         let old_pages = st.page_count.min(shape.commit);
         let written = st
@@ -202,15 +263,7 @@ impl Database {
         let mut page = vec![0u8; shape.page_size as usize];
         let mut changed = Vec::new();
         for pgno in written.chain(new).filter(|p| *p != lock_page) {
-            self.read_view(
-                st,
-                u64::from(pgno - 1) * u64::from(shape.page_size),
-                &mut page,
-            )
-            .map_err(StoreError::io(
-                "read database",
-                self.path(FileKind::Database),
-            ))?;
+            self.read_view_page(st, pgno, &mut page)?;
             let sum = ltx::page_checksum(pgno, &page);
             if pgno > st.page_count || sum != st.sums.get(pgno) {
                 changed.push((pgno, sum));
@@ -220,21 +273,13 @@ impl Database {
     }
 
     /// Every page, for a transaction that changes their size.
-    fn all_pages(&self, st: &State, shape: Shape) -> Result<Vec<(u32, u64)>, StoreError> {
+    fn all_pages(&self, st: &State, shape: Shape) -> Result<PageList, StoreError> {
         let lock_page = ltx::lock_pgno(shape.page_size);
         let mut page = vec![0u8; shape.page_size as usize];
         (1..=shape.commit)
             .filter(|p| *p != lock_page)
             .map(|pgno| {
-                self.read_view(
-                    st,
-                    u64::from(pgno - 1) * u64::from(shape.page_size),
-                    &mut page,
-                )
-                .map_err(StoreError::io(
-                    "read database",
-                    self.path(FileKind::Database),
-                ))?;
+                self.read_view_page(st, pgno, &mut page)?;
                 Ok((pgno, ltx::page_checksum(pgno, &page)))
             })
             .collect()

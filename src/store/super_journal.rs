@@ -1,14 +1,18 @@
 //! Super-journals: SQLite's files that make a transaction over several databases one.
 //!
-//! Each database's journal names it; its unlink is the commit of all of them, and is answered once
-//! each is logged and flushed. The journals go afterwards, and have nothing left to say.
+//! Each database's journal names it; its unlink is the commit of all of them. The parts are
+//! prepared first: nothing is committed if any of them cannot be. Then an [`Intent`] that holds
+//! them all is put on disk, which is the commit, and then each goes into its database's log and
+//! file. The journals go afterwards, and have nothing left to say.
 
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
+use super::capture::Captured;
 use super::error::StoreError;
 use super::files::Done;
+use super::intent::Intent;
 use super::rollback::JournalEnd;
 use super::{Database, Store};
 
@@ -17,7 +21,8 @@ const MAX_SIZE: u64 = 1 << 20;
 /// How many there may be at a time.
 const MAX_COUNT: usize = 1024;
 
-/// A super-journal, in memory alone: after a crash no journal that names it is left either.
+/// A super-journal, in memory alone: after a crash no journal that names it is left, and what was
+/// committed by its end is in an intent.
 #[derive(Debug)]
 pub struct SuperJournal {
     /// Its inode number.
@@ -103,20 +108,69 @@ impl Store {
             .into_iter()
             .filter(|d| d.journal_names(name))
             .collect();
-        let (tx, rx) = std::sync::mpsc::channel();
-        let mut waiting = 0;
-        for db in &parts {
-            let tx = tx.clone();
-            let done: Done = Box::new(move |r| {
-                // The receiver waits for as many as were begun.
-                tx.send(r).ok();
-            });
-            db.end_journal(JournalEnd::SuperJournal, done);
-            waiting += 1;
+        match &parts[..] {
+            [] => {}
+            [one] => commit_one(one)?,
+            _ => self.commit_together(name, &parts)?,
         }
-        let results: Vec<_> = rx.iter().take(waiting).collect();
-        results.into_iter().collect::<Result<Vec<()>, _>>()?;
         self.super_journals.lock().remove(name);
         Ok(())
     }
+
+    fn commit_together(&self, name: &str, parts: &[Arc<Database>]) -> Result<(), StoreError> {
+        let mut intent = Intent::create(self.data_dir(), name)?;
+        let mut prepared: Vec<(&Arc<Database>, Captured)> = Vec::new();
+        let committed = parts
+            .iter()
+            .try_for_each(|db| {
+                let mut st = db.lock();
+                db.check_writable(&st)?;
+                let captured = intent.part(db.name(), |out| db.prepare_rollback(&mut st, out))?;
+                if let Some(captured) = captured {
+                    st.committing = true;
+                    prepared.push((db, captured));
+                }
+                Ok(())
+            })
+            .and_then(|()| intent.commit());
+        if let Err(e) = committed {
+            // SQLite rolls all of them back, each with its journal.
+            prepared
+                .iter()
+                .for_each(|(db, _)| db.lock().committing = false);
+            return Err(e);
+        }
+        // From here on the journals that name it are no reason to roll back.
+        self.super_journals.lock().remove(name);
+        let results: Vec<_> = prepared
+            .iter()
+            .enumerate()
+            .map(|(i, (db, captured))| db.finish_prepared(captured, &mut intent.body(i)))
+            .collect();
+        results.into_iter().collect::<Result<Vec<()>, _>>()?;
+        // Those that did not change: their journals end like the others'.
+        for db in parts
+            .iter()
+            .filter(|db| prepared.iter().all(|(p, _)| !Arc::ptr_eq(p, db)))
+        {
+            commit_one(db)?;
+        }
+        intent.remove()
+    }
+}
+
+/// A single database needs no intent: its log is the commit.
+fn commit_one(db: &Arc<Database>) -> Result<(), StoreError> {
+    let (tx, rx) = std::sync::mpsc::channel();
+    let done: Done = Box::new(move |r| {
+        // The receiver waits for it.
+        tx.send(r).ok();
+    });
+    db.end_journal(JournalEnd::SuperJournal, done);
+    rx.recv().unwrap_or_else(|_| {
+        Err(StoreError::Refused {
+            db: db.name().to_owned(),
+            what: "a commit was abandoned".to_owned(),
+        })
+    })
 }

@@ -1,0 +1,344 @@
+//! Intents: transactions over several databases that are committed, and not yet in every log.
+//!
+//! ```text
+//! <data>/super/<super-journal's name>:
+//!   the LTX files of the parts, one after another
+//!   table: per part  name length u32 · name · offset u64 · length u64
+//!   tail:  table length u64 · CRC of the table u64 · magic "TNRSUPER"
+//! ```
+//! Big-endian, CRC-64/GO-ISO. The file counts from the moment when all of it is on disk: that is
+//! the commit of all parts. Each part is then logged as a transaction of its database, and the file
+//! is removed. A start finishes what it finds: a part that the log has is skipped, so that doing it
+//! twice does no harm.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crc_fast::CrcAlgorithm::Crc64GoIso;
+
+use super::Store;
+use super::database::Database;
+use super::error::StoreError;
+use super::log_recovery::sync_dir;
+use super::names;
+use super::receive::Incoming;
+
+const MAGIC: &[u8; 8] = b"TNRSUPER";
+const TAIL: u64 = 24;
+/// Longest table: SQLite attaches 125 databases at most, whose names have at most 255 bytes.
+const MAX_TABLE: u64 = 64 << 10;
+
+/// A part of a transaction.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Part {
+    db: String,
+    offset: u64,
+    length: u64,
+}
+
+/// An intent being written, or written. Dropped before [`Intent::commit`], it never was.
+pub(super) struct Intent {
+    path: PathBuf,
+    out: BufWriter<File>,
+    written: u64,
+    parts: Vec<Part>,
+    committed: bool,
+}
+
+impl Intent {
+    /// Begins one; `name` is the super-journal's.
+    pub fn create(data_dir: &Path, name: &str) -> Result<Intent, StoreError> {
+        let dir = data_dir.join("super");
+        if !dir.exists() {
+            fs::create_dir_all(&dir).map_err(StoreError::io("create", &dir))?;
+            sync_dir(data_dir)?;
+        }
+        let path = dir.join(name);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .map_err(StoreError::io("create", &path))?;
+        Ok(Intent {
+            path,
+            out: BufWriter::with_capacity(256 << 10, file),
+            written: 0,
+            parts: Vec::new(),
+            committed: false,
+        })
+    }
+
+    /// Adds the LTX file that `write` writes, if it says that there is one.
+    pub fn part<T>(
+        &mut self,
+        db: &str,
+        write: impl FnOnce(&mut dyn Write) -> Result<Option<T>, StoreError>,
+    ) -> Result<Option<T>, StoreError> {
+        let offset = self.written;
+        let made = write(self)?;
+        if made.is_some() {
+            let length = self.written - offset;
+            self.parts.push(Part {
+                db: db.to_owned(),
+                offset,
+                length,
+            });
+        }
+        Ok(made)
+    }
+
+    /// The commit of all parts: on disk when this returns.
+    pub fn commit(&mut self) -> Result<(), StoreError> {
+        let table = encode_table(&self.parts);
+        let mut tail = (table.len() as u64).to_be_bytes().to_vec();
+        tail.extend(crc_fast::checksum(Crc64GoIso, &table).to_be_bytes());
+        tail.extend(MAGIC);
+        let path = self.path.clone();
+        let mut write = || -> io::Result<()> {
+            self.out.write_all(&table)?;
+            self.out.write_all(&tail)?;
+            self.out.flush()?;
+            self.out.get_ref().sync_all()
+        };
+        write().map_err(StoreError::io("write", &path))?;
+        path.parent().map_or(Ok(()), sync_dir)?;
+        self.committed = true;
+        Ok(())
+    }
+
+    /// The LTX file of the part with this index.
+    pub fn body(&self, index: usize) -> impl Read + '_ {
+        let part = &self.parts[index];
+        Body {
+            file: self.out.get_ref(),
+            offset: part.offset,
+            left: part.length,
+        }
+    }
+
+    /// All parts are in their logs.
+    pub fn remove(&self) -> Result<(), StoreError> {
+        fs::remove_file(&self.path).map_err(StoreError::io("remove", &self.path))
+    }
+}
+
+impl Write for Intent {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.out.write_all(buf)?;
+        self.written += buf.len() as u64;
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for Intent {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Without its tail it counts for nothing, should it stay.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+struct Body<'a> {
+    file: &'a File,
+    offset: u64,
+    left: u64,
+}
+
+impl Read for Body<'_> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let want = usize::try_from(self.left)
+            .unwrap_or(usize::MAX)
+            .min(buf.len());
+        let n = self.file.read_at(&mut buf[..want], self.offset)?;
+        if n == 0 && want > 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.offset += n as u64;
+        self.left -= n as u64;
+        Ok(n)
+    }
+}
+
+fn encode_table(parts: &[Part]) -> Vec<u8> {
+    let mut table = Vec::new();
+    for p in parts {
+        table.extend((p.db.len() as u32).to_be_bytes());
+        table.extend(p.db.as_bytes());
+        table.extend(p.offset.to_be_bytes());
+        table.extend(p.length.to_be_bytes());
+    }
+    table
+}
+
+fn take<'a>(bytes: &mut &'a [u8], n: usize) -> Option<&'a [u8]> {
+    let (head, rest) = bytes.split_at_checked(n)?;
+    *bytes = rest;
+    Some(head)
+}
+
+fn decode_table(mut table: &[u8]) -> Option<Vec<Part>> {
+    let mut parts = Vec::new();
+    while !table.is_empty() {
+        let len = u32::from_be_bytes(take(&mut table, 4)?.try_into().ok()?);
+        let db = std::str::from_utf8(take(&mut table, len as usize)?)
+            .ok()?
+            .to_owned();
+        names::check_database(&db).ok()?;
+        let offset = u64::from_be_bytes(take(&mut table, 8)?.try_into().ok()?);
+        let length = u64::from_be_bytes(take(&mut table, 8)?.try_into().ok()?);
+        parts.push(Part { db, offset, length });
+    }
+    Some(parts)
+}
+
+/// The parts of a whole intent; `None`: its commit was never reached.
+fn read_parts(file: &File) -> io::Result<Option<Vec<Part>>> {
+    let len = file.metadata()?.len();
+    let mut tail = [0u8; TAIL as usize];
+    if len < TAIL {
+        return Ok(None);
+    }
+    file.read_exact_at(&mut tail, len - TAIL)?;
+    let number = |i: usize| u64::from_be_bytes(tail[i..i + 8].try_into().expect("8 bytes"));
+    let (table_len, crc) = (number(0), number(8));
+    if &tail[16..] != MAGIC || table_len > MAX_TABLE || table_len > len - TAIL {
+        return Ok(None);
+    }
+    let mut table = vec![0u8; table_len as usize];
+    file.read_exact_at(&mut table, len - TAIL - table_len)?;
+    let whole = crc_fast::checksum(Crc64GoIso, &table) == crc;
+    Ok(if whole { decode_table(&table) } else { None })
+}
+
+impl Store {
+    /// Finishes what the last run committed over several databases and did not log in all of them.
+    pub(super) fn finish_intents(&self) -> Result<(), StoreError> {
+        let dir = self.data_dir().join("super");
+        let entries = match fs::read_dir(&dir) {
+            Ok(e) => e,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(StoreError::io("list", &dir)(e)),
+        };
+        for entry in entries {
+            let path = entry.map_err(StoreError::io("list", &dir))?.path();
+            let file = File::open(&path).map_err(StoreError::io("open", &path))?;
+            let parts = read_parts(&file).map_err(StoreError::io("read", &path))?;
+            match self.finish_intent(&file, &parts.unwrap_or_default()) {
+                Ok(()) => fs::remove_file(&path).map_err(StoreError::io("remove", &path))?,
+                Err(e) => {
+                    tracing::error!(path = %path.display(), error = %e, "a transaction over several databases is not in all of them: it is tried again at the next start");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_intent(&self, file: &File, parts: &[Part]) -> Result<(), StoreError> {
+        let mut incoming = Vec::new();
+        for p in parts {
+            let mut body = Body {
+                file,
+                offset: p.offset,
+                left: p.length,
+            };
+            match Incoming::read(self.data_dir(), &mut body, &p.db) {
+                Ok(part) => incoming.push((self.database_or_new(&p.db)?, part)),
+                // The power went before all of it was on disk, and so before any log had a part.
+                Err(e) if !any_logged(&incoming) => {
+                    tracing::warn!(error = %e, "an unfinished transaction over several databases never was");
+                    return Ok(());
+                }
+                Err(e) => return Err(e),
+            }
+        }
+        for (db, part) in incoming {
+            if db.lock().pos.txid >= part.header.max_txid {
+                continue;
+            }
+            let result = db.apply(part);
+            db.release_locks();
+            result?;
+            tracing::info!(db = db.name(), pos = %db.lock().pos, "finished a transaction over several databases");
+        }
+        Ok(())
+    }
+}
+
+fn any_logged(parts: &[(Arc<Database>, Incoming)]) -> bool {
+    parts
+        .iter()
+        .any(|(db, part)| db.lock().pos.txid >= part.header.max_txid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn intent(dir: &Path) -> Intent {
+        let mut intent = Intent::create(dir, "a-mj0000009AB").unwrap();
+        for (db, text) in [("a", "first"), ("b", "the second")] {
+            let made = intent.part(db, |w| {
+                w.write_all(text.as_bytes()).unwrap();
+                Ok(Some(()))
+            });
+            assert!(made.unwrap().is_some());
+        }
+        assert!(intent.part("c", |_| Ok(None::<()>)).unwrap().is_none());
+        intent
+    }
+
+    #[test]
+    fn counts_only_when_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut intent = intent(dir.path());
+        intent.commit().unwrap();
+        let bytes = fs::read(&intent.path).unwrap();
+        for (i, text) in ["first", "the second"].into_iter().enumerate() {
+            let mut body = String::new();
+            intent.body(i).read_to_string(&mut body).unwrap();
+            assert_eq!(body, text);
+        }
+        let parts = read_parts(&File::open(&intent.path).unwrap())
+            .unwrap()
+            .unwrap();
+        assert_eq!(parts, intent.parts);
+        let cut = dir.path().join("cut");
+        for n in 0..bytes.len() {
+            fs::write(&cut, &bytes[..n]).unwrap();
+            assert_eq!(
+                read_parts(&File::open(&cut).unwrap()).unwrap(),
+                None,
+                "{n} bytes"
+            );
+        }
+        for n in 15..bytes.len() {
+            let mut flipped = bytes.clone();
+            flipped[n] ^= 0x10;
+            fs::write(&cut, &flipped).unwrap();
+            assert_eq!(
+                read_parts(&File::open(&cut).unwrap()).unwrap(),
+                None,
+                "byte {n}"
+            );
+        }
+    }
+
+    #[test]
+    fn never_was_without_its_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let intent = intent(dir.path());
+        let path = intent.path.clone();
+        drop(intent);
+        assert!(!path.exists());
+    }
+}
