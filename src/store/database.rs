@@ -489,12 +489,10 @@ impl Database {
     /// Tells the world of what is on disk now. Called after every flush, and once more by those who
     /// noted a transaction that a flush of somebody else's may have overtaken.
     pub(super) fn note_flushed(&self, txid: u64) {
-        let flushed: Vec<Published> = {
-            let mut pending = self.pending.lock();
-            let n = pending.iter().take_while(|p| p.pos.txid <= txid).count();
-            pending.drain(..n).collect()
-        };
-        for p in flushed {
+        // Locked to the end: the world is told in order, whoever tells it.
+        let mut pending = self.pending.lock();
+        let n = pending.iter().take_while(|p| p.pos.txid <= txid).count();
+        for p in pending.drain(..n) {
             *self.published.lock() = p;
             self.context.publish(Event::Tx {
                 db: self.name.clone(),

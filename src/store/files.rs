@@ -343,22 +343,19 @@ impl Database {
             commit: 0,
             wal_mode: false,
         };
-        let captured = match self.append_transaction(
-            &st,
-            Vec::new(),
-            shape,
-            WalPlace::default(),
-            |_, _| Ok(()),
-        ) {
+        let all = 1..=st.page_count;
+        let logged = st.preserve(self, all).and_then(|()| {
+            let place = WalPlace::default();
+            self.append_transaction(&st, Vec::new(), shape, place, |_, _| Ok(()))
+        });
+        let captured = match logged {
             Ok(c) => c,
             Err(e) => {
                 drop(st);
                 return done(Err(e));
             }
         };
-        let removed = st
-            .preserve_before(self, &captured)
-            .and_then(|()| self.remove_files(&mut st));
+        let removed = self.remove_files(&mut st);
         self.advance(&mut st, &captured);
         st.page_size = 0;
         self.note_captured(&captured);

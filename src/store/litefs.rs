@@ -319,6 +319,17 @@ fn read_sums(file: &File, path: &Path, page_size: u32) -> Result<PageSums, Store
     Ok(sums)
 }
 
+/// Takes away what the last clean stop left for LiteFS: from now on the log moves on without it,
+/// and after a snapshot of a lower TXID it would look like news.
+pub(super) fn forget_newest(db: &Database) -> Result<(), StoreError> {
+    let dir = db.dir.join("ltx");
+    for (min, max) in list(&dir)? {
+        let path = dir.join(ltx::file_name(min, max));
+        fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+    }
+    Ok(())
+}
+
 /// Leaves the newest record as an LTX file, synced, and no other.
 pub(super) fn leave_newest(db: &Arc<Database>) -> Result<(), StoreError> {
     let pos = db.pos();

@@ -17,7 +17,7 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
@@ -46,7 +46,8 @@ pub struct Log {
     segment_age: Duration,
     inner: Mutex<Inner>,
     flush: Mutex<FlushState>,
-    /// Told the TXID up to which the log is on disk, before anybody who waits for it.
+    /// Told the TXID up to which the log is on disk, before anybody who waits for it, and with the
+    /// log locked: it must not call the log.
     on_flushed: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
 }
 
@@ -58,8 +59,10 @@ struct Inner {
     seq: u64,
     /// Last TXID known to be on disk.
     flushed_txid: u64,
+    /// How often another log took this one's place: what a flush found before is of no use after.
+    history: u64,
     /// Files of ended segments, and directories, that the next flush must sync too.
-    unsynced: Vec<(File, PathBuf)>,
+    unsynced: Vec<(Arc<File>, PathBuf)>,
     /// Why nothing more can be appended.
     failed: Option<String>,
 }
@@ -126,6 +129,7 @@ impl Log {
                 began: Instant::now(),
                 seq: 0,
                 flushed_txid,
+                history: 0,
                 unsynced: Vec::new(),
                 failed,
             }),
@@ -145,6 +149,7 @@ impl Log {
             fs::remove_file(&s.path).map_err(StoreError::io("remove log segment", &s.path))?;
         }
         inner.flushed_txid = 0;
+        inner.history += 1;
         Ok(())
     }
 
@@ -229,9 +234,7 @@ impl Log {
         let rotate = match inner.segments.back() {
             None => true,
             Some(_) if replaces || min_txid != max_txid => true,
-            Some(s) => {
-                s.tail > SEGMENT_SIZE || (!s.is_empty() && inner.began.elapsed() > self.segment_age)
-            }
+            Some(s) => s.tail > SEGMENT_SIZE || inner.began.elapsed() > self.segment_age,
         };
         if rotate {
             self.rotate(&mut inner, min_txid, max_txid, replaces)?;
@@ -260,13 +263,10 @@ impl Log {
                 .map_err(StoreError::io("create log directory", &self.dir))?;
             for parent in self.dir.ancestors().skip(1).take(2) {
                 let d = File::open(parent).map_err(StoreError::io("open directory", parent))?;
-                inner.unsynced.push((d, parent.to_owned()));
+                inner.unsynced.push((Arc::new(d), parent.to_owned()));
             }
         }
-        // An empty segment left by an append that failed is simply written anew.
-        if inner.segments.back().is_some_and(Segment::is_empty) {
-            inner.segments.pop_back();
-        }
+        let dir = File::open(&self.dir).map_err(StoreError::io("open log directory", &self.dir))?;
         let salt = rand::random::<u64>();
         let name = if replaces {
             REPLACEMENT.to_owned()
@@ -274,19 +274,15 @@ impl Log {
             segment::file_name(max_txid)
         };
         let new = Segment::create(self.dir.join(name), salt, min_txid, max_txid)?;
-        if let Some(old) = inner.segments.back() {
-            let file = old
-                .file
-                .try_clone()
-                .map_err(StoreError::io("reopen log segment", &old.path))?;
+        if let Some(old) = inner.segments.back_mut() {
             // The unused rest of the preallocation is given back.
             if let Err(e) = old.file.set_len(old.tail) {
                 tracing::debug!(path = %old.path.display(), error = %e, "log segment not trimmed");
             }
-            inner.unsynced.push((file, old.path.clone()));
+            old.allocated = old.tail;
+            inner.unsynced.push((old.file.clone(), old.path.clone()));
         }
-        let dir = File::open(&self.dir).map_err(StoreError::io("open log directory", &self.dir))?;
-        inner.unsynced.push((dir, self.dir.clone()));
+        inner.unsynced.push((Arc::new(dir), self.dir.clone()));
         inner.segments.push_back(new);
         inner.began = Instant::now();
         Ok(())
@@ -349,15 +345,19 @@ impl Log {
     }
 
     fn flush_once(&self) -> (u64, io::Result<()>) {
-        let (seq, txid, active, others) = {
+        let (seq, txid, history, active, others) = {
             let mut inner = self.inner.lock();
+            if let Some(reason) = &inner.failed {
+                // The kernel tells of lost pages once: a later success would mean nothing.
+                return (inner.seq, Err(io::Error::other(reason.clone())));
+            }
             let others = std::mem::take(&mut inner.unsynced);
             let active = inner
                 .segments
                 .back()
                 .map(|s| (s.file.clone(), s.path.clone()));
             let txid = inner.last_txid();
-            (inner.seq, txid, active, others)
+            (inner.seq, txid, inner.history, active, others)
         };
         let result = others
             .iter()
@@ -365,13 +365,14 @@ impl Log {
             .and_then(|()| active.as_ref().map_or(Ok(()), |(f, _)| f.sync_data()));
         let mut inner = self.inner.lock();
         match &result {
-            Ok(()) => {
+            Ok(()) if inner.history == history => {
                 inner.flushed_txid = txid;
-                drop(inner);
+                // Under the lock, so that what it is told never goes back.
                 if let Some(hook) = self.on_flushed.get() {
                     hook(txid);
                 }
             }
+            Ok(()) => {}
             Err(e) => {
                 tracing::error!(log = %self.dir.display(), error = %e, "flush of the transaction log failed: the database takes no more writes until the node is started anew");
                 inner.failed = Some(format!("a flush failed: {e}"));
@@ -554,7 +555,24 @@ impl Appender<'_> {
         self.inner.segments.push_back(new);
         // What was flushed before is of another history.
         self.inner.flushed_txid = self.max_txid;
+        self.inner.history += 1;
         Ok(())
+    }
+}
+
+impl Drop for Appender<'_> {
+    /// A segment that was begun for a record that is given up goes with it: the next record is
+    /// another one, and an empty segment between others would look like a gap.
+    fn drop(&mut self) {
+        if !self.inner.segments.back().is_some_and(Segment::is_empty) {
+            return;
+        }
+        if let Some(s) = self.inner.segments.pop_back()
+            && let Err(e) = fs::remove_file(&s.path)
+        {
+            let reason = format!("{} is empty and cannot be removed: {e}", s.path.display());
+            self.inner.failed = Some(reason);
+        }
     }
 }
 

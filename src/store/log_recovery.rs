@@ -3,11 +3,12 @@
 use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use super::error::StoreError;
 use super::log::REPLACEMENT;
-use super::segment::{self, ScanEnd, Segment};
+use super::segment::{self, Segment};
 
 /// Opens the segments in `dir`, which need not exist. Records above `verified` are read and
 /// checked.
@@ -62,38 +63,85 @@ fn finish_replacement(dir: &Path, names: &mut Vec<u64>) -> Result<(), StoreError
 }
 
 /// Opens the segments of these names in order, and cuts off the torn end of the last crash.
+/// Nothing is changed before it is known that the end is torn and not damaged.
 fn open_segments(
     dir: &Path,
     names: &[u64],
     verified: u64,
 ) -> Result<VecDeque<Segment>, StoreError> {
     let mut segments: VecDeque<Segment> = VecDeque::new();
-    for (i, name) in names.iter().enumerate() {
-        let path = dir.join(segment::file_name(*name));
-        let scanned = Segment::open(&path, verified)?;
+    for name in names {
+        let scanned = Segment::open(&dir.join(segment::file_name(*name)), verified)?;
         let last = segments.back().and_then(Segment::last_txid);
-        let follows = |s: &Segment| last.is_none_or(|t| s.first_min == t + 1);
-        let Some(seg) = scanned.segment.filter(|s| !s.is_empty() && follows(s)) else {
-            // What should follow `last` is missing. It is a torn end unless a later record knows better.
-            let missing = last.map_or(1, |t| t + 1);
-            check_torn(dir, &names[i..], missing, last.is_none())?;
-            remove_segments(dir, &names[i..])?;
-            break;
-        };
-        let expected = seg.last_txid().map_or(0, |t| t + 1);
-        if scanned.end != ScanEnd::Clean || i + 1 == names.len() {
-            if seg.later_record_says_flushed(expected)? {
-                let what = format!(
-                    "transaction {expected:016x} is damaged, and later ones are there: restore the file, or remove {} and let the node fetch the database again",
-                    dir.display()
-                );
-                return Err(StoreError::corrupt(&seg.path, what));
-            }
-            cut_tail(&seg)?;
+        let follows = |s: &Segment| last.is_none_or(|t| Some(s.first_min) == t.checked_add(1));
+        match scanned.segment.filter(|s| !s.is_empty() && follows(s)) {
+            Some(segment) => segments.push_back(segment),
+            None => break,
         }
-        segments.push_back(seg);
+    }
+    let missing = segments
+        .back()
+        .and_then(Segment::last_txid)
+        .map_or(1, |t| t.saturating_add(1));
+    let torn = &names[segments.len()..];
+    if let Some(last) = segments.back() {
+        check_end(dir, last, missing)?;
+    }
+    for name in torn {
+        check_torn(dir, &dir.join(segment::file_name(*name)), missing)?;
+    }
+    remove_segments(dir, torn)?;
+    if let Some(last) = segments.back() {
+        cut_tail(last)?;
     }
     Ok(segments)
+}
+
+/// An error if what stands behind a segment's last whole record says that `missing` was on disk.
+fn check_end(dir: &Path, segment: &Segment, missing: u64) -> Result<(), StoreError> {
+    if !segment.later_record_says_flushed(missing)? {
+        return Ok(());
+    }
+    let what = format!(
+        "transaction {missing:016x} is damaged, and later ones are there: restore the file, or remove {} and let the node fetch the database again",
+        dir.display()
+    );
+    Err(StoreError::corrupt(&segment.path, what))
+}
+
+/// An error if this segment, which does not go on from those before it, is damaged or says that
+/// `missing` was on disk.
+fn check_torn(dir: &Path, path: &Path, missing: u64) -> Result<(), StoreError> {
+    let Some(segment) = Segment::open(path, 0)?.segment else {
+        return check_headerless(path);
+    };
+    let flushed = segment.record_offsets().any(|o| {
+        segment::read_header(&segment.file, segment.salt, o)
+            .is_ok_and(|h| h.flushed_txid >= missing)
+    });
+    if flushed {
+        let what = format!("transactions from {missing:016x} on are missing before this segment");
+        return Err(StoreError::corrupt(path, what));
+    }
+    check_end(dir, &segment, missing)
+}
+
+/// A segment without a header is torn if the header was never written, and damaged if it was.
+fn check_headerless(path: &Path) -> Result<(), StoreError> {
+    let mut header = [0u8; segment::SEGMENT_HEADER_SIZE as usize];
+    let read = File::open(path).and_then(|f| {
+        let whole = f.metadata()?.len() >= segment::SEGMENT_HEADER_SIZE;
+        if whole {
+            f.read_exact_at(&mut header, 0)?;
+        }
+        Ok(())
+    });
+    read.map_err(StoreError::io("read log segment", path))?;
+    if header.iter().all(|b| *b == 0) {
+        return Ok(());
+    }
+    let what = "its header is damaged: restore the file, or remove the log and let the node fetch the database again";
+    Err(StoreError::corrupt(path, what))
 }
 
 /// Zeros behind the last whole record, so that nothing of a torn one is ever read again.
@@ -106,31 +154,15 @@ fn cut_tail(seg: &Segment) -> Result<(), StoreError> {
     cut().map_err(StoreError::io("cut log segment", &seg.path))
 }
 
-/// An error if any of these segments says that `missing` was on disk.
-fn check_torn(dir: &Path, names: &[u64], missing: u64, first: bool) -> Result<(), StoreError> {
-    for name in names {
-        let path = dir.join(segment::file_name(*name));
-        let Some(seg) = Segment::open(&path, 0)?.segment else {
-            continue;
-        };
-        let mut offsets = seg.record_offsets();
-        let flushed = offsets.any(|o| {
-            segment::read_header(&seg.file, seg.salt, o).is_ok_and(|h| h.flushed_txid >= missing)
-        });
-        if flushed && !first {
-            return Err(StoreError::corrupt(
-                &path,
-                format!("transactions from {missing:016x} on are missing before this segment"),
-            ));
-        }
-    }
-    Ok(())
-}
-
 fn remove_segments(dir: &Path, names: &[u64]) -> Result<(), StoreError> {
     for name in names {
         let path = dir.join(segment::file_name(*name));
         fs::remove_file(&path).map_err(StoreError::io("remove log segment", &path))?;
     }
-    Ok(())
+    // Else a crash could bring them back behind records of the same numbers.
+    if names.is_empty() {
+        Ok(())
+    } else {
+        sync_dir(dir)
+    }
 }

@@ -216,8 +216,10 @@ impl Store {
         tracing::warn!(db = name, reason, kept = %target.display(), "the primary's database takes the place of a damaged one");
         let from = self.data_dir().join("dbs").join(name);
         fs::create_dir_all(&aside).map_err(StoreError::io("create", &aside))?;
-        let mut databases = self.databases.write();
+        // Before the databases are locked: the keeper may hold the replica's locks while it waits
+        // for the mount to look a name up.
         db.abandon_files();
+        let mut databases = self.databases.write();
         fs::rename(&from, &target).map_err(StoreError::io("set aside", &from))?;
         let new = self.new_database(name)?;
         databases.insert(name.to_owned(), new.clone());

@@ -185,21 +185,23 @@ impl Database {
                 need,
             });
         }
-        if incoming.header.page_size == st.page_size {
-            let expected = st
-                .sums
-                .checksum_with(&incoming.pages, incoming.header.commit);
-            let found = incoming.post_apply_checksum;
-            if expected != found && incoming.header.commit > 0 {
-                let source = crate::ltx::LtxError::PostApplyChecksum { expected, found };
-                return Err(StoreError::Ltx {
-                    context: format!(
-                        "transaction {:016x} of {}",
-                        incoming.header.max_txid, self.name
-                    ),
-                    source,
-                });
-            }
+        let expected = if incoming.header.page_size == st.page_size {
+            st.sums
+                .checksum_with(&incoming.pages, incoming.header.commit)
+        } else {
+            // Pages of another size: it holds them all.
+            incoming.pages.iter().fold(0, |t, (_, s)| t ^ s) | ltx::CHECKSUM_FLAG
+        };
+        let found = incoming.post_apply_checksum;
+        if expected != found && incoming.header.commit > 0 {
+            let source = ltx::LtxError::PostApplyChecksum { expected, found };
+            return Err(StoreError::Ltx {
+                context: format!(
+                    "transaction {:016x} of {}",
+                    incoming.header.max_txid, self.name
+                ),
+                source,
+            });
         }
         Ok(())
     }

@@ -53,12 +53,15 @@ pub(super) fn open(
         }
     };
     let db = Database::empty(context, name, dir, log);
+    let saved = saved.or_else(|e| without_checksums(&db, e));
     let outcome = saved.and_then(|saved| {
         let foreign =
             litefs::newest(&dir.join("ltx"))?.filter(|(_, max)| *max > db.log().last_txid());
         match foreign {
             Some(_) => litefs::carry_over(&db).map(|()| true),
-            None => db.recover(saved),
+            None => db
+                .recover(saved)
+                .and_then(|there| litefs::forget_newest(&db).map(|()| there)),
         }
     });
     match outcome {
@@ -68,6 +71,18 @@ pub(super) fn open(
     }
     db.publish_opened();
     Ok(Some(db))
+}
+
+/// Damaged checksums are not needed where the log has everything.
+fn without_checksums<T>(db: &Database, e: StoreError) -> Result<Option<T>, StoreError> {
+    if db.log().first_txid() != 1 {
+        return Err(e);
+    }
+    tracing::warn!(db = db.name, error = %e, "page checksums are computed again from the whole log");
+    // Its headers must not be taken for newer than those to come.
+    let path = db.dir.join("checksums");
+    fs::remove_file(&path).map_err(StoreError::io("remove page checksums", &path))?;
+    Ok(None)
 }
 
 impl Database {
@@ -156,7 +171,8 @@ impl Database {
                         .map_err(StoreError::ltx(record.path.display().to_string()))?;
                     header.pre_apply_checksum == saved.checksum
                 }
-                None => saved.txid == last,
+                // The same TXID can be one of another history, which a snapshot brought.
+                None => saved.txid == last && self.log_ends_with(saved)?,
             };
             if follows {
                 return Ok(saved.txid + 1);
@@ -169,6 +185,25 @@ impl Database {
             "the log holds transactions {first:016x} to {last:016x}, and the database was saved at {saved}: they do not meet"
         );
         Err(StoreError::corrupt(self.dir.join("log"), what))
+    }
+
+    /// Whether the newest record of the log, of this TXID, leads to this checksum.
+    fn log_ends_with(&self, pos: Pos) -> Result<bool, StoreError> {
+        let newest = match self.log().read(pos.txid)? {
+            Some(record) => Some(record),
+            None => self.log().read(1)?,
+        };
+        let Some(mut record) = newest.filter(|r| r.header.max_txid == pos.txid) else {
+            return Ok(false);
+        };
+        let trailer = ltx::TRAILER_SIZE as u64;
+        record
+            .body
+            .skip(record.header.length.saturating_sub(trailer));
+        let mut post_apply = [0u8; 8];
+        std::io::Read::read_exact(&mut record.body, &mut post_apply)
+            .map_err(StoreError::io("read log segment", &record.path))?;
+        Ok(u64::from_be_bytes(post_apply) == pos.checksum)
     }
 
     fn redo_record<R: std::io::Read>(

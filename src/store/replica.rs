@@ -24,6 +24,7 @@ use super::database::{Database, FileKind, State};
 use super::error::StoreError;
 use super::receive::Incoming;
 use super::shm::SharedIndex;
+use super::sums::SumsHeader;
 
 /// How long an apply waits for readers, holding new ones up, before it gives up for this time.
 const READER_WAIT: Duration = Duration::from_secs(10);
@@ -176,6 +177,12 @@ impl Database {
         let captured = incoming.captured(was_wal);
         if incoming.header.is_snapshot() {
             self.forget_captured();
+            // The last checkpoint may be of another history, and say nothing of this log.
+            let mut st = self.lock();
+            st.saved = SumsHeader {
+                sequence: st.saved.sequence,
+                ..Default::default()
+            };
         }
         if captured.commit == 0 {
             self.append_incoming(incoming, true)?;
@@ -279,8 +286,13 @@ impl Database {
 
     fn apply_drop(self: &Arc<Self>, c: &Captured) -> Result<(), StoreError> {
         let mut st = self.lock();
-        st.preserve_before(self, c)?;
-        self.remove_files(&mut st)?;
+        let removed = st
+            .preserve_before(self, c)
+            .and_then(|()| self.remove_files(&mut st));
+        if let Err(e) = removed {
+            self.set_broken(&mut st, e.to_string());
+            return Err(e);
+        }
         self.advance(&mut st, c);
         st.page_size = 0;
         st.broken = None;
@@ -307,10 +319,6 @@ impl Database {
         let mut st = self.lock();
         self.remove_files(&mut st)?;
         st.sums = Default::default();
-        st.saved = super::sums::SumsHeader {
-            sequence: st.saved.sequence,
-            ..Default::default()
-        };
         let result = self
             .create_file(&mut st, FileKind::Database)
             .and_then(|_| self.write_pages(&mut st, c, incoming));
@@ -334,6 +342,9 @@ impl Database {
     ) -> Result<(), StoreError> {
         let file = locks.database(self, ino)?;
         let exclusive = Exclusive::acquire(self, file, Instant::now() + READER_WAIT, false)?;
+        // Before it is logged: after that, a full disk would cost the database.
+        let size = u64::from(c.commit) * u64::from(c.page_size);
+        self.reserve(&mut self.lock(), size)?;
         self.append_incoming(incoming, true)?;
         let mut st = self.lock();
         let same_size = st.page_size == c.page_size;

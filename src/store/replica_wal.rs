@@ -8,8 +8,9 @@
 //! - Frames are copied into the database only up to the lowest frame that a reader may still be
 //!   at, and the WAL is restarted only when no reader uses it. Neither ever waits for a reader.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
 use crate::sqlite::locks::{self, LockKind, WAL_CKPT_LOCK, WAL_WRITE_LOCK, wal_read_lock};
@@ -28,6 +29,8 @@ use super::wal::{Frame, newest_frames, note_newest};
 const CHECKPOINT_FRAMES: usize = 1000;
 /// Bytes of frames gathered for one write.
 const WRITE_BUFFER: usize = 1 << 20;
+/// How many bytes more of the WAL are reserved than are needed at once.
+const RESERVE_STEP: u64 = 256 << 10;
 
 impl Database {
     /// Appends a transaction to the WAL and publishes it to readers.
@@ -47,12 +50,16 @@ impl Database {
             .try_clone()
             .map_err(StoreError::io("reopen", self.mount_name(FileKind::Shm)))?;
         let write_lock = index_lock(self, &fd, WAL_WRITE_LOCK, 1, "the WAL's WRITE lock")?;
-        // The log's flush follows by itself: a power loss before it takes back what the primary sends again.
-        self.append_incoming(incoming, false)?;
-        let (start, wal_ino) = {
+        let start = {
             let mut st = self.lock();
             self.restart_wal(&mut st, shared)?;
-            let start = st.wal.committed;
+            st.wal.committed
+        };
+        self.reserve_frames(shared, c)?;
+        // The log's flush follows by itself: a power loss before it takes back what the primary sends again.
+        self.append_incoming(incoming, false)?;
+        let wal_ino = {
+            let mut st = self.lock();
             if let Err(e) = self.write_frames(&mut st, c, incoming) {
                 self.set_broken(
                     &mut st,
@@ -60,7 +67,7 @@ impl Database {
                 );
                 return Err(e);
             }
-            (start, st.files.wal.as_ref().map_or(0, |w| w.ino))
+            st.files.wal.as_ref().map_or(0, |w| w.ino)
         };
         if let Some(front) = self.context.front() {
             let st = self.lock();
@@ -78,6 +85,43 @@ impl Database {
         let mut st = self.lock();
         self.after_advance(&mut st);
         Ok(())
+    }
+
+    /// Makes sure of the space for a transaction's frames, and for their places in the index: once
+    /// it is logged, a full disk would cost the database.
+    fn reserve_frames(&self, shared: &mut SharedIndex, c: &Captured) -> Result<(), StoreError> {
+        let (file, start, from, frames) = {
+            let st = self.lock();
+            let file = st.files.wal.clone();
+            let file = file.ok_or_else(|| StoreError::Deleted(self.mount_name(FileKind::Wal)))?;
+            let written = c.changed.iter().filter(|(p, s)| st.sums.get(*p) != *s);
+            let (start, from) = (st.wal.committed, st.wal.committed_end());
+            (file, start, from, written.count().max(1))
+        };
+        shared.ensure(self, WalIndex::regions_needed((start + frames) as u32))?;
+        let io = |e| StoreError::io("reserve space for", self.path(FileKind::Wal))(e);
+        let end = from + frames as u64 * (u64::from(c.page_size) + 24) + 32;
+        // In steps: most transactions find theirs reserved.
+        if file.file.metadata().map_err(io)?.blocks() * 512 >= end {
+            return Ok(());
+        }
+        let target = end + RESERVE_STEP;
+        // SAFETY: a descriptor that `file` keeps open, and numbers; KEEP_SIZE changes no bytes.
+        let r = unsafe {
+            libc::fallocate(
+                file.file.as_raw_fd(),
+                libc::FALLOC_FL_KEEP_SIZE,
+                0,
+                target as libc::off_t,
+            )
+        };
+        match std::io::Error::last_os_error() {
+            e if r != 0 && matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {
+                Err(io(e))
+            }
+            // Done; or a file system that cannot reserve.
+            _ => Ok(()),
+        }
     }
 
     /// Writes the frames of a transaction behind the committed ones, and moves the state on.

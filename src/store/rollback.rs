@@ -257,8 +257,8 @@ impl Database {
         let written = st
             .overlay
             .block_numbers()
-            .map(|n| n as u32 + 1)
-            .take_while(|p| *p <= old_pages);
+            .take_while(|n| *n < u64::from(old_pages))
+            .map(|n| n as u32 + 1);
         let new = old_pages + 1..=shape.commit;
         let mut page = vec![0u8; shape.page_size as usize];
         let mut changed = Vec::new();

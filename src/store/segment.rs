@@ -5,8 +5,9 @@
 //! record, at a multiple of 8: magic u32 · header CRC u32 · length u64 · min TXID u64 ·
 //!                             max TXID u64 · flushed TXID u64 · body CRC u64 · LTX file · padding
 //! ```
-//! All integers are big-endian; CRCs are CRC-64/GO-ISO. The header CRC covers the segment's salt,
-//! so that bytes of another segment are never taken for a record of this one.
+//! All integers are big-endian; CRCs are CRC-64/GO-ISO, but a record's header CRC is
+//! CRC-32/ISO-HDLC. It covers the segment's salt, so that bytes of another segment are never taken
+//! for a record of this one.
 //!
 //! Invariants: the TXIDs of a segment are contiguous; a record that spans several TXIDs (a
 //! snapshot) is the first of its segment. A record's header is written after, or together with,
@@ -20,7 +21,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crc_fast::CrcAlgorithm::Crc64GoIso;
+use crc_fast::CrcAlgorithm::{Crc32IsoHdlc, Crc64GoIso};
 
 use crate::ltx;
 
@@ -90,7 +91,8 @@ impl RecordHeader {
 }
 
 fn header_crc(b: &[u8; RECORD_HEADER_SIZE], salt: u64) -> u32 {
-    let mut crc = crc_fast::Digest::new(Crc64GoIso);
+    // Half of a CRC-64 would miss errors of a single bit.
+    let mut crc = crc_fast::Digest::new(Crc32IsoHdlc);
     crc.update(&salt.to_be_bytes());
     crc.update(&b[8..]);
     crc.finalize() as u32
@@ -159,8 +161,11 @@ impl Segment {
         h[16..24].copy_from_slice(&first_max.to_be_bytes());
         let crc = crc_fast::checksum(Crc64GoIso, &h[..56]);
         h[56..64].copy_from_slice(&crc.to_be_bytes());
-        file.write_all_at(&h, 0)
-            .map_err(StoreError::io("write log segment", &path))?;
+        if let Err(e) = file.write_all_at(&h, 0) {
+            // Half a segment would look like damage at the next start.
+            let _ = std::fs::remove_file(&path);
+            return Err(StoreError::io("write log segment", &path)(e));
+        }
         Ok(Segment {
             path,
             file: Arc::new(file),
@@ -240,7 +245,8 @@ impl Segment {
         if self.offsets.is_empty() {
             h.max_txid == self.first_max
         } else {
-            h.min_txid == h.max_txid && Some(h.min_txid) == self.last_txid().map(|t| t + 1)
+            h.min_txid == h.max_txid
+                && Some(h.min_txid) == self.last_txid().and_then(|t| t.checked_add(1))
         }
     }
 
@@ -317,7 +323,7 @@ impl Segment {
     /// Last TXID; `None` while empty.
     pub fn last_txid(&self) -> Option<u64> {
         let n = self.offsets.len() as u64;
-        (n > 0).then(|| self.first_max + n - 1)
+        (n > 0).then(|| self.first_max.saturating_add(n - 1))
     }
 
     /// How many records there are.
@@ -374,6 +380,15 @@ pub struct BodyReader {
     file: Arc<File>,
     offset: u64,
     left: u64,
+}
+
+impl BodyReader {
+    /// Goes on behind this many bytes, at most at the end.
+    pub fn skip(&mut self, bytes: u64) {
+        let bytes = bytes.min(self.left);
+        self.offset += bytes;
+        self.left -= bytes;
+    }
 }
 
 impl Read for BodyReader {

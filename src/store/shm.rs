@@ -7,6 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -79,6 +80,7 @@ impl SharedIndex {
         if self.file.metadata()?.len() < end {
             self.file.set_len(end)?;
         }
+        allocate(&db.path(FileKind::Shm), start as u64)?;
         db.shm_mapped.store(end, Ordering::Release);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new shared mapping of an open file; the kernel chooses the address.
@@ -104,6 +106,22 @@ impl SharedIndex {
     /// To be called when the index is no longer used, so that clients may truncate the file.
     pub fn close(self, db: &Database) {
         db.shm_mapped.store(0, Ordering::Release);
+    }
+}
+
+/// Gives the region at `start` its space on disk, without changing its contents or its size: a
+/// store to a mapped hole ends the process with SIGBUS when the disk is full.
+fn allocate(backing: &Path, start: u64) -> io::Result<()> {
+    let file = File::options().write(true).open(backing)?;
+    let (start, len) = (start as libc::off_t, REGION_SIZE as libc::off_t);
+    // SAFETY: takes a descriptor that lives through the call, and numbers.
+    match unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, start, len) } {
+        0 => Ok(()),
+        _ => match io::Error::last_os_error() {
+            // A file system that cannot: what it cannot promise, it is not asked for.
+            e if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            e => Err(e),
+        },
     }
 }
 

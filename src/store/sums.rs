@@ -60,7 +60,7 @@ impl PageSums {
     pub fn set(&mut self, pgno: u32, sum: u64) {
         let i = pgno as usize - 1;
         if i >= self.sums.len() {
-            self.sums.resize(i + 1, 0);
+            self.resize(pgno);
         }
         self.total ^= self.sums[i] ^ sum;
         self.sums[i] = sum;
@@ -71,6 +71,11 @@ impl PageSums {
     pub fn resize(&mut self, pages: u32) {
         for sum in self.sums.drain((pages as usize).min(self.sums.len())..) {
             self.total ^= sum;
+        }
+        // Where the file has entries of a longer past, zeros have to be written too.
+        let grown = self.len() / BLOCK..pages.div_ceil(BLOCK);
+        if pages > self.len() {
+            self.dirty.extend(grown);
         }
         self.sums.resize(pages as usize, 0);
     }

@@ -217,6 +217,11 @@ impl Database {
             if frame.commit != 0 {
                 if let Err(e) = self.capture_wal(st, wal, frame.commit) {
                     st.wal.frames.truncate(index);
+                    // Whoever recovers the index goes by the file: no commit may stand there that
+                    // was refused.
+                    wal.file
+                        .write_all_at(&[0; FRAME_HEADER_SIZE], at)
+                        .map_err(StoreError::io("write WAL", self.path(FileKind::Wal)))?;
                     return Err(e);
                 }
                 committed = true;
@@ -250,6 +255,9 @@ impl Database {
             st.wal.committed = end;
             return Ok(());
         }
+        // Nothing may fail once the transaction is in the log.
+        let cut = commit.saturating_add(1)..=st.page_count;
+        st.preserve(self, changed.iter().map(|(pgno, _)| *pgno).chain(cut))?;
         let frame_size = i64::from(header.page_size) + FRAME_HEADER_SIZE as i64;
         let place = WalPlace {
             offset: st.wal.offset(start) as i64,
@@ -285,7 +293,6 @@ impl Database {
             wal_mode,
         };
         let captured = self.append_transaction(st, changed, shape, place, read)?;
-        st.preserve_before(self, &captured)?;
         let shrunk = commit < st.page_count;
         self.advance(st, &captured);
         note_newest(st, &pages, captured.pos.txid, shrunk);
@@ -341,15 +348,19 @@ impl Database {
                 data.len()
             )));
         }
-        for (i, page) in data.chunks_exact(ps).enumerate() {
-            let pgno = (offset / ps as u64) as u32 + i as u32 + 1;
+        let end = offset + data.len() as u64;
+        let pages = u32::try_from(end / ps as u64)
+            .map_err(|_| self.refuse(format!("a write at {offset}, where no page can be")))?;
+        let first = pages - (data.len() / ps) as u32 + 1;
+        let mut newest = Vec::new();
+        for (pgno, page) in (first..=pages).zip(data.chunks_exact(ps)) {
             let sum = ltx::page_checksum(pgno, page);
-            let newest = sum == st.sums.get(pgno);
-            if !newest && !st.wal.holds(pgno, sum) {
+            if pgno <= st.page_count && sum == st.sums.get(pgno) {
+                newest.push(pgno);
+            } else if !st.wal.holds(pgno, sum) {
                 return Err(self.refuse(format!("a write of page {pgno} that no transaction made (journal_mode OFF and MEMORY cannot be used here; to load a database file use its SQL dump or import)")));
             }
         }
-        let end = offset + data.len() as u64;
         self.reserve(st, end)?;
         let file = st.database_file(&self.name)?;
         file.file
@@ -358,11 +369,8 @@ impl Database {
                 "write database",
                 self.path(FileKind::Database),
             ))?;
-        for (i, page) in data.chunks_exact(ps).enumerate() {
-            let pgno = (offset / ps as u64) as u32 + i as u32 + 1;
-            if ltx::page_checksum(pgno, page) == st.sums.get(pgno) {
-                st.wal.newest.remove(&pgno);
-            }
+        for pgno in newest {
+            st.wal.newest.remove(&pgno);
         }
         st.view_size = st.view_size.max(end);
         st.base_size = st.view_size;

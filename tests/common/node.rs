@@ -29,6 +29,8 @@ pub struct Options {
     pub retention: Option<&'static str>,
     /// `strict-verify`: the node recomputes the checksum after each transaction.
     pub strict_verify: bool,
+    /// Environment variables of its process, besides the test's own.
+    pub environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Options {
@@ -41,6 +43,7 @@ impl Options {
             http,
             retention: None,
             strict_verify: false,
+            environment: Vec::new(),
         }
     }
 
@@ -152,6 +155,7 @@ impl Node {
         command
             .args(["mount", "-config"])
             .arg(&config)
+            .envs(self.options.environment.iter().copied())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("duplicate a descriptor"))
             .stderr(log);

@@ -1,0 +1,12 @@
+//! The store beside its code, in one process and without a mount: the log and the checksums by
+//! themselves, then whole databases driven by SQLite through a VFS that stands on the store.
+
+mod bed;
+mod capture;
+mod log;
+mod log_damage;
+mod receive;
+mod recovery;
+mod snapshots;
+mod sums;
+mod vfs;

@@ -1,0 +1,167 @@
+//! A data directory on a full disk: who writes gets an error, nothing is damaged, and work goes on
+//! once there is space again. Needs root, for a small file system in memory.
+
+mod common;
+
+use std::ffi::CString;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use common::{Cluster, Node, Options, Pair, sql, sqlite3};
+
+/// A file system in memory of limited size, detached when dropped.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    /// Mounts it at a directory. `None`, with the reason printed, where that is not allowed.
+    fn mount(at: &Path, megabytes: u32) -> Option<SmallDisk> {
+        let path = CString::new(at.as_os_str().as_bytes()).expect("no NUL in a path");
+        let options = CString::new(format!("size={megabytes}m")).expect("no NUL");
+        let kind = c"tmpfs".as_ptr();
+        // SAFETY: valid C strings that live through the call.
+        let rc = unsafe { libc::mount(kind, path.as_ptr(), kind, 0, options.as_ptr().cast()) };
+        if rc != 0 {
+            let error = std::io::Error::last_os_error();
+            println!("SKIPPED: no file system can be mounted here: {error}");
+            return None;
+        }
+        Some(SmallDisk(at.to_path_buf()))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let path = CString::new(self.0.as_os_str().as_bytes()).expect("no NUL in a path");
+        // SAFETY: a valid C string that lives through the call.
+        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+    }
+}
+
+/// Fills what is free on the node's disk; the file to remove for space.
+fn fill(node: &Node) -> PathBuf {
+    let path = node.data().join("filler");
+    let mut file = std::fs::File::create(&path).expect("make the filler");
+    let bytes = vec![0_u8; 4096];
+    while std::io::Write::write_all(&mut file, &bytes).is_ok() {}
+    path
+}
+
+/// A pair whose node of that name has a disk of 24 MB. Dropped in this order.
+fn pair_with_small_disk(of: &str) -> Option<(Pair, SmallDisk)> {
+    let cluster = Cluster::new(90);
+    let disk = SmallDisk::mount(&cluster.subdir(&format!("{of}/data")), 24)?;
+    let options = |options| Options {
+        strict_verify: true,
+        ..options
+    };
+    let primary = options(Options::primary("primary"));
+    let replica = options(Options::replica("replica", &primary));
+    let primary = cluster.start(primary);
+    let replica = cluster.start(replica);
+    let pair = Pair {
+        replica,
+        primary,
+        cluster,
+    };
+    Some((pair, disk))
+}
+
+const INSERTS: &str = "INSERT INTO t (b) VALUES (randomblob(20000));";
+
+#[test]
+fn the_primarys_disk_is_full() {
+    let Some((mut pair, _disk)) = pair_with_small_disk("primary") else {
+        return;
+    };
+    for mode in ["delete", "persist", "wal"] {
+        let db = format!("{mode}.db");
+        let path = pair.primary.db(&db);
+        sqlite3(
+            &path,
+            &format!("PRAGMA journal_mode={mode}; CREATE TABLE t (b); {INSERTS}"),
+        );
+        pair.assert_same(&db);
+        let filler = fill(&pair.primary);
+        // A mebibyte is preallocated at most: some may still succeed.
+        let done = sql::sqlite3_raw(&path, &INSERTS.repeat(300), false);
+        println!("{mode}: {}", done.stderr.lines().next().unwrap_or(""));
+        assert!(!done.stderr.is_empty(), "{mode}: 6 MB fit into a full disk");
+        assert!(pair.primary.is_up(), "{mode}");
+        std::fs::remove_file(filler).expect("remove the filler");
+        // Nothing is damaged, and a writer gets on.
+        let count = |node: &Node| -> i64 {
+            let text = sqlite3(
+                &node.db(&db),
+                "PRAGMA integrity_check; SELECT count(*) FROM t;",
+            );
+            let rows = text.strip_prefix("ok\n").expect("integrity");
+            rows.trim().parse().expect("a number")
+        };
+        let before = count(&pair.primary);
+        sqlite3(&path, INSERTS);
+        assert_eq!(count(&pair.primary), before + 1, "{mode}");
+        pair.assert_same(&db);
+        if mode == "persist" {
+            // The same after a start.
+            pair.primary.stop();
+            pair.primary.start();
+            assert_eq!(count(&pair.primary), before + 1, "{mode}");
+            pair.assert_same(&db);
+        }
+        std::fs::remove_file(path).expect("drop the database");
+    }
+}
+
+#[test]
+fn the_replicas_disk_is_full() {
+    let Some((mut pair, _disk)) = pair_with_small_disk("replica") else {
+        return;
+    };
+    for mode in ["delete", "wal"] {
+        let db = format!("{mode}.db");
+        let path = pair.primary.db(&db);
+        sqlite3(
+            &path,
+            &format!("PRAGMA journal_mode={mode}; CREATE TABLE t (b); {INSERTS}"),
+        );
+        pair.assert_same(&db);
+        let filler = fill(&pair.replica);
+        // The primary does not mind.
+        sqlite3(&path, &INSERTS.repeat(150));
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        assert!(pair.replica.is_up(), "{mode}: the replica ended");
+        std::fs::remove_file(filler).expect("remove the filler");
+        pair.assert_same(&db);
+        std::fs::remove_file(path).expect("drop the database");
+    }
+}
+
+#[test]
+fn the_replicas_disk_is_full_at_its_first_transaction_in_wal_mode() {
+    let Some((mut pair, _disk)) = pair_with_small_disk("replica") else {
+        return;
+    };
+    let path = pair.primary.db("x.db");
+    sqlite3(&path, &format!("CREATE TABLE t (b); {INSERTS}"));
+    pair.assert_same("x.db");
+    // All sizes of what is left: for the log alone, for the WAL, and not for the WAL's index.
+    for left in [0, 8, 16, 32, 64, 96, 128, 160, 192, 256] {
+        sqlite3(&path, "PRAGMA journal_mode=delete;");
+        pair.assert_same("x.db");
+        let filler = fill(&pair.replica);
+        let file = std::fs::File::options()
+            .write(true)
+            .open(&filler)
+            .expect("open the filler");
+        let size = file.metadata().expect("its size").len();
+        file.set_len(size.saturating_sub(left << 10)).expect("cut");
+        drop(file);
+        sqlite3(&path, &format!("PRAGMA journal_mode=wal; {INSERTS}"));
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        assert!(pair.replica.is_up(), "{left} KiB left: the replica ended");
+        std::fs::remove_file(filler).expect("remove the filler");
+        pair.assert_same("x.db");
+        // It waited for space: its database was not given up for another.
+        assert!(!pair.replica.data().join("set-aside").exists(), "{left}");
+    }
+}
