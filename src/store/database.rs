@@ -301,8 +301,9 @@ pub struct Database {
     pending: Mutex<VecDeque<Published>>,
     /// What a replica holds open in the mount; taken by one applier at a time.
     pub(super) replica: Mutex<ReplicaLocks>,
-    /// Bytes of the WAL index that the node maps; they may not be cut off.
-    pub(super) shm_mapped: AtomicU64,
+    /// Inode number of the WAL index that the node maps, and how many bytes of it; they may not be
+    /// cut off. A newer file of the same name is not meant.
+    pub(super) shm_mapped: Mutex<(u64, u64)>,
     /// Held by whoever saves a checkpoint.
     pub(super) checkpointing: Mutex<()>,
     /// When a refusal was last logged, in seconds since the Unix epoch.
@@ -323,7 +324,7 @@ impl Database {
             published: Mutex::default(),
             pending: Mutex::default(),
             replica: Mutex::default(),
-            shm_mapped: AtomicU64::new(0),
+            shm_mapped: Mutex::default(),
             checkpointing: Mutex::default(),
             warned: AtomicU64::new(0),
         });

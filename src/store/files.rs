@@ -259,7 +259,8 @@ impl Database {
 
     /// The node maps this file too: cut short, its own access would end it with a bus error.
     fn truncate_shm(&self, f: &DbFile, size: u64) -> Result<(), StoreError> {
-        if size < self.shm_mapped.load(Ordering::Acquire) {
+        let (ino, mapped) = *self.shm_mapped.lock();
+        if f.ino == ino && size < mapped {
             return Err(self.refuse("a truncation of the WAL index while the node uses it"));
         }
         f.file

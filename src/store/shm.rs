@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::Path;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::sqlite::locks::{self, LockKind};
@@ -81,7 +80,7 @@ impl SharedIndex {
             self.file.set_len(end)?;
         }
         allocate(&db.path(FileKind::Shm), start as u64)?;
-        db.shm_mapped.store(end, Ordering::Release);
+        *db.shm_mapped.lock() = (self.ino, end);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new shared mapping of an open file; the kernel chooses the address.
         let ptr = unsafe {
@@ -105,7 +104,10 @@ impl SharedIndex {
 
     /// To be called when the index is no longer used, so that clients may truncate the file.
     pub fn close(self, db: &Database) {
-        db.shm_mapped.store(0, Ordering::Release);
+        let mut mapped = db.shm_mapped.lock();
+        if mapped.0 == self.ino {
+            *mapped = (0, 0);
+        }
     }
 }
 
