@@ -76,9 +76,11 @@ impl Database {
             drop(st);
             front.invalidate_data(wal_ino, from, len);
         }
-        self.publish_in_index(shared, start)?;
+        let shown = self.publish_in_index(shared, start);
         drop(write_lock);
+        // It is logged and in the WAL, whatever became of the index: the position says so.
         self.publish_applied(c);
+        shown?;
         if self.lock().wal.unbackfilled() >= CHECKPOINT_FRAMES {
             self.checkpoint_wal(shared, ino)?;
         }
