@@ -212,6 +212,10 @@ impl Lease for Scripted {
     async fn handoff(&self, _node_id: u64) -> Result<(), LeaseError> {
         Err(LeaseError::Unsupported("handoff"))
     }
+    async fn record(&self, _placement: tenure_lease::Placement) -> Result<(), LeaseError> {
+        Ok(())
+    }
+
     async fn close(&self) -> Result<(), LeaseError> {
         Ok(())
     }

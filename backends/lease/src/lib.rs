@@ -39,6 +39,29 @@ pub struct PrimaryInfo {
     pub advertise_url: String,
 }
 
+/// How far a node's data reaches: of two nodes the greater one is the better primary.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Placement {
+    /// The number of the last primary whose transactions it has; it grows with every primary.
+    pub epoch: u64,
+    /// The sum of the TXIDs of its databases; 0: it has no data.
+    pub transactions: u64,
+}
+
+/// A node that may become primary, as it makes itself known to the others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Candidate {
+    /// The node's ID: 16 upper-case hexadecimal digits, new at every start.
+    #[serde(rename = "node-id")]
+    pub node_id: String,
+    /// Its host name.
+    pub hostname: String,
+    /// How far its data reaches.
+    pub placement: Placement,
+    /// Whether that is its last word: it follows no primary, so its data does not grow.
+    pub settled: bool,
+}
+
 /// Why a call to the lease service did not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
 pub enum LeaseError {
@@ -162,7 +185,20 @@ pub trait Leaser: Send + Sync {
     /// [`LeaseError::ClusterIdMismatch`] when another one is set.
     async fn set_cluster_id(&self, id: &str) -> Result<(), LeaseError>;
 
-    /// Frees what the leaser holds of its own (connections). Leases are not given up by this.
+    /// Makes a candidate known to the others, in place of what this leaser announced before. Gives
+    /// how long it stays known: it must be announced anew before that is over; `None` where nobody
+    /// needs to know it (and nothing was done).
+    async fn announce(&self, candidate: &Candidate) -> Result<Option<Duration>, LeaseError>;
+
+    /// The candidates that are alive, this node's own included, by a read that is not stale.
+    /// Entries that are none are left out.
+    async fn candidates(&self) -> Result<Vec<Candidate>, LeaseError>;
+
+    /// What the last primary that said so had ([`Lease::record`]).
+    async fn recorded(&self) -> Result<Option<Placement>, LeaseError>;
+
+    /// Withdraws what was announced, and frees what the leaser holds of its own (connections).
+    /// Leases are not given up by this.
     async fn close(&self) -> Result<(), LeaseError>;
 }
 
@@ -197,6 +233,13 @@ pub trait Lease: Send + Sync {
     /// [`LeaseError::Unsupported`] where leases cannot be handed over.
     async fn handoff(&self, node_id: u64) -> Result<(), LeaseError>;
 
+    /// Writes down how far the primary's data reaches; it stays when the lease is gone. A holder
+    /// whose lease is gone changes nothing.
+    ///
+    /// # Errors
+    /// [`LeaseError::LeaseExpired`]: the lease is gone for good.
+    async fn record(&self, placement: Placement) -> Result<(), LeaseError>;
+
     /// Gives the lease up at once: others may acquire from then on, and watchers are told. Closing
     /// a lease that is gone already succeeds.
     async fn close(&self) -> Result<(), LeaseError>;
@@ -215,6 +258,23 @@ mod tests {
         let text = r#"{"hostname":"a","advertise-url":"http://a:20202"}"#;
         assert_eq!(serde_json::to_string(&info).unwrap(), text);
         assert_eq!(serde_json::from_str::<PrimaryInfo>(text).unwrap(), info);
+    }
+
+    #[test]
+    fn placements_are_ordered_by_primary_and_then_by_transactions() {
+        let at = |epoch, transactions| Placement {
+            epoch,
+            transactions,
+        };
+        assert!(at(5, 1) > at(4, 100) && at(5, 2) > at(5, 1));
+        let candidate = Candidate {
+            node_id: "00000000000000AB".into(),
+            hostname: "a".into(),
+            placement: at(5, 2),
+            settled: true,
+        };
+        let text = r#"{"node-id":"00000000000000AB","hostname":"a","placement":{"epoch":5,"transactions":2},"settled":true}"#;
+        assert_eq!(serde_json::to_string(&candidate).unwrap(), text);
     }
 
     #[test]

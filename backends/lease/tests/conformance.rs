@@ -1,16 +1,16 @@
 //! The conformance suite, tested: a service in memory passes it, and one with any of a number of
 //! flaws does not.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
 use tenure_lease::conformance::{self, Service};
-use tenure_lease::{Lease, LeaseError, Leaser, PrimaryInfo};
+use tenure_lease::{Candidate, Lease, LeaseError, Leaser, Placement, PrimaryInfo};
 use tokio::sync::watch;
 
 const TTL: Duration = Duration::from_secs(1);
@@ -44,6 +44,9 @@ struct Key {
     epoch: u64,
     cluster_id: Option<String>,
     leases: u64,
+    /// By leaser, with the end of their time.
+    candidates: BTreeMap<u64, (Candidate, Instant)>,
+    recorded: Option<Placement>,
     /// Counts the changes of the holder.
     changes: watch::Sender<u64>,
 }
@@ -69,7 +72,9 @@ struct Shared(Arc<Memory>);
 #[async_trait]
 impl Service for Shared {
     async fn leaser(&self, cluster: &str, hostname: &str) -> Box<dyn Leaser> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Box::new(Node {
+            id: NEXT.fetch_add(1, Ordering::SeqCst),
             memory: self.0.clone(),
             key: cluster.to_owned(),
             info: PrimaryInfo {
@@ -99,6 +104,8 @@ impl Service for Shared {
 
 #[derive(Clone)]
 struct Node {
+    /// Tells leasers of the same key apart.
+    id: u64,
     memory: Arc<Memory>,
     key: String,
     info: PrimaryInfo,
@@ -251,7 +258,31 @@ impl Leaser for Node {
         })
     }
 
+    async fn announce(&self, candidate: &Candidate) -> Result<Option<Duration>, LeaseError> {
+        self.reach().await?;
+        self.with_key(|key| {
+            key.candidates
+                .insert(self.id, (candidate.clone(), Instant::now() + TTL));
+        });
+        Ok(Some(TTL))
+    }
+
+    async fn candidates(&self) -> Result<Vec<Candidate>, LeaseError> {
+        self.reach().await?;
+        Ok(self.with_key(|key| {
+            key.candidates
+                .retain(|_, (_, until)| Instant::now() < *until);
+            key.candidates.values().map(|(c, _)| c.clone()).collect()
+        }))
+    }
+
+    async fn recorded(&self) -> Result<Option<Placement>, LeaseError> {
+        self.reach().await?;
+        Ok(self.with_key(|key| key.recorded))
+    }
+
     async fn close(&self) -> Result<(), LeaseError> {
+        self.with_key(|key| key.candidates.remove(&self.id));
         Ok(())
     }
 }
@@ -309,6 +340,17 @@ impl Lease for Held {
             self.node.with_key(|key| key.holder = held);
         }
         Ok(())
+    }
+
+    async fn record(&self, placement: Placement) -> Result<(), LeaseError> {
+        self.node.reach().await?;
+        self.node.with_key(|key| match &key.holder {
+            Some((id, _, _)) if *id == self.id => {
+                key.recorded = Some(placement);
+                Ok(())
+            }
+            _ => Err(LeaseError::LeaseExpired),
+        })
     }
 
     async fn close(&self) -> Result<(), LeaseError> {

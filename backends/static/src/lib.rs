@@ -9,7 +9,7 @@ use std::future::pending;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use tenure_lease::{Lease, LeaseError, Leaser, PrimaryInfo};
+use tenure_lease::{Candidate, Lease, LeaseError, Leaser, Placement, PrimaryInfo};
 
 /// What handing over and taking over answer.
 const NO_HANDOFF: &str = "a static lease cannot be handed over or taken over: the primary is the \
@@ -84,6 +84,18 @@ impl Leaser for StaticLeaser {
         Ok(())
     }
 
+    async fn announce(&self, _candidate: &Candidate) -> Result<Option<Duration>, LeaseError> {
+        Ok(None)
+    }
+
+    async fn candidates(&self) -> Result<Vec<Candidate>, LeaseError> {
+        Ok(Vec::new())
+    }
+
+    async fn recorded(&self) -> Result<Option<Placement>, LeaseError> {
+        Ok(None)
+    }
+
     async fn close(&self) -> Result<(), LeaseError> {
         Ok(())
     }
@@ -118,6 +130,10 @@ impl Lease for StaticLease {
 
     async fn handoff(&self, _node_id: u64) -> Result<(), LeaseError> {
         Err(LeaseError::Unsupported(NO_HANDOFF))
+    }
+
+    async fn record(&self, _placement: Placement) -> Result<(), LeaseError> {
+        Ok(())
     }
 
     async fn close(&self) -> Result<(), LeaseError> {
