@@ -20,8 +20,9 @@ use crate::config::{Config, LeaseKind};
 use crate::fuse::{Mount, MountError, MountOptions};
 use crate::http::api::Api;
 use crate::http::server::{Server, ServerError};
-use crate::role::{self, RoleConfig, RoleError, Status};
+use crate::role::{self, Parts, Promoter, RoleConfig, RoleError, Status};
 use crate::store::{Options as StoreOptions, Store, StoreError};
+use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
 
 /// How long each part may take to stop.
@@ -127,29 +128,39 @@ impl Node {
         let mount = blocking(move || Mount::start(&mounting, &mount_options)).await??;
         let (shutdown, stop) = watch::channel(false);
         let (status_tx, status) = watch::channel(Status::default());
+        let (commands, queue) = role::commands(status.clone());
+        let replicas = Arc::new(Replicas::default());
+        let candidate = config.lease.candidate;
         let api = Arc::new(Api {
             store: store.clone(),
             stats: stats.clone(),
+            replicas: replicas.clone(),
+            commands,
+            promoter: Promoter::new(candidate, store.node_id(), status.clone()),
             status: status.clone(),
-            candidate: config.lease.candidate,
+            candidate,
+            fenced: config.lease.kind != LeaseKind::Static,
             path: config.fuse.dir.clone(),
             snapshot_timeout: config.http.snapshot_timeout,
             fuse_requests: Box::new(mount.requests()),
             shutdown: stop.clone(),
         });
         let role_config = RoleConfig {
-            candidate: config.lease.candidate,
+            candidate,
+            promote: config.lease.promote,
+            demote_delay: config.lease.demote_delay,
             reconnect_delay: config.lease.reconnect_delay,
             databases: config.lease.databases.clone(),
         };
-        let role = tokio::spawn(role::run(
-            store.clone(),
+        let parts = Parts {
+            store: store.clone(),
             stats,
+            replicas,
             leaser,
-            role_config,
-            status_tx,
-            stop.clone(),
-        ));
+            status: status_tx,
+            commands: queue,
+        };
+        let role = tokio::spawn(role::run(parts, role_config, stop.clone()));
         // Whoever gets an answer finds a node that knows what it is, and a primary that can write.
         let mut decided = status;
         let known = decided.wait_for(|s| s.is_primary || s.primary.is_some());

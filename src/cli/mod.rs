@@ -14,6 +14,7 @@ use clap::{Parser, Subcommand};
 
 pub mod ltx;
 mod mount;
+mod run;
 
 /// A replicated file system for SQLite.
 #[derive(Debug, Parser)]
@@ -27,6 +28,8 @@ struct Cli {
 enum Command {
     /// Run a node: mount its databases, replicate them, serve the other nodes.
     Mount(mount::MountArgs),
+    /// Run a command once the node is what it needs.
+    Run(run::RunArgs),
     /// Look into transaction files and log segments.
     #[command(subcommand)]
     Ltx(ltx::LtxCommand),
@@ -39,6 +42,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match Cli::try_parse_from(two_dashes(args)) {
         Ok(cli) => match cli.command {
             Command::Mount(args) => mount::run(args),
+            Command::Run(args) => run::run(args),
             Command::Ltx(command) => ltx::run(command),
             Command::Version => {
                 // Nobody is left to be told if this fails.
@@ -145,6 +149,8 @@ mod tests {
             ("tenure mount -nonsense", 2),
             ("tenure mount -config", 2),
             ("tenure nonsense", 1),
+            ("tenure run -promote", 2),
+            ("tenure run -url nonsense -- true", 2),
             ("tenure -nonsense", 2),
             ("tenure help", 0),
             ("tenure help mount", 0),

@@ -1,7 +1,7 @@
 //! The paths of the API and what they answer.
 //!
 //! Every request is one of: `GET /info`, `GET /events`, `GET /metrics`, `GET /debug/vars`,
-//! `POST /stream`. Another method on one of these paths is 405, another path 404, and every error is a
+//! `POST /stream`, and those that change or ask for the primary's role ([`super::role`]). Another method on one of these paths is 405, another path 404, and every error is a
 //! text of one line. What a request carries is bounded and checked before it is used.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,18 +21,19 @@ use warp::reject::{InvalidQuery, MethodNotAllowed};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
-use crate::role::Status;
+use crate::role::{Commands, Promoter, Status};
 use crate::store::{Store, check_database};
 use crate::stream::posmap;
+use crate::stream::replicas::Replicas;
 use crate::stream::sender::{self, Limits, Replica, SendError};
 use crate::stream::stats::Stats;
-use crate::stream::{CLUSTER_ID_HEADER, NODE_ID_HEADER, parse_node_id};
+use crate::stream::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
 
 use super::server::{Connection, Version};
-use super::{body, events, metrics};
+use super::{body, events, metrics, role};
 
 /// How long a peer may take to send a request's body.
-const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the streams of a node that stops wait for it to take no more writes.
 const STEP_DOWN: Duration = Duration::from_secs(1);
@@ -43,10 +44,18 @@ pub struct Api {
     pub store: Arc<Store>,
     /// What its streams count.
     pub stats: Arc<Stats>,
+    /// The replicas that are connected.
+    pub replicas: Arc<Replicas>,
+    /// What the role loop can be asked to do.
+    pub commands: Commands,
+    /// How this node asks to be primary.
+    pub promoter: Promoter,
     /// What the node is, as the role loop says.
     pub status: watch::Receiver<Status>,
     /// May the node become primary?
     pub candidate: bool,
+    /// Whether primaries have numbers: not with a static lease.
+    pub fenced: bool,
     /// The path that `/info` names.
     pub path: PathBuf,
     /// How long a snapshot may take (`http.snapshot-timeout`).
@@ -58,6 +67,11 @@ pub struct Api {
 }
 
 impl Api {
+    /// This primary's number, for those who follow it.
+    fn epoch(&self) -> u64 {
+        if self.fenced { self.store.epoch() } else { 0 }
+    }
+
     /// Resolves when the node stops.
     fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut shutdown = self.shutdown.clone();
@@ -115,7 +129,13 @@ pub(super) fn routes(
         .and(warp::body::stream())
         .then(post_stream);
     let gets = info.or(vars).unify().or(numbers).unify().or(events).unify();
-    gets.or(stream).unify().recover(rejected).unify()
+    let role = role::routes(with(&api));
+    gets.or(stream)
+        .unify()
+        .or(role)
+        .unify()
+        .recover(rejected)
+        .unify()
 }
 
 /// The answer to a request that no path took.
@@ -132,7 +152,7 @@ async fn rejected(rejection: Rejection) -> Result<Response, Infallible> {
     })
 }
 
-fn refuse(status: StatusCode, text: &str) -> Response {
+pub(super) fn refuse(status: StatusCode, text: &str) -> Response {
     warp::reply::with_status(format!("{text}\n"), status).into_response()
 }
 
@@ -351,7 +371,7 @@ async fn replica<B: Buf>(
 }
 
 /// The whole body, if it is no longer than `max` bytes.
-async fn collect<B: Buf>(
+pub(super) async fn collect<B: Buf>(
     body: impl Stream<Item = Result<B, warp::Error>>,
     max: usize,
 ) -> Result<Vec<u8>, String> {
@@ -375,6 +395,7 @@ async fn collect<B: Buf>(
 /// Starts to send to a replica.
 fn stream(api: Arc<Api>, connection: Arc<Connection>, replica: Replica) -> Response {
     let (body, stream) = body::channel(sender::CHANNEL_CAPACITY);
+    let epoch = api.epoch();
     tokio::spawn(async move {
         let id = replica.id.clone();
         info!(
@@ -385,6 +406,7 @@ fn stream(api: Arc<Api>, connection: Arc<Connection>, replica: Replica) -> Respo
         let sent = sender::run(
             Arc::clone(&api.store),
             Arc::clone(&api.stats),
+            &api.replicas,
             replica,
             Limits::new(api.snapshot_timeout),
             body.channel.clone(),
@@ -406,10 +428,8 @@ fn stream(api: Arc<Api>, connection: Arc<Connection>, replica: Replica) -> Respo
             }
         }
     });
-    warp::reply::with_header(
-        warp::reply::stream(stream),
-        header::CONTENT_TYPE,
-        "application/octet-stream",
-    )
-    .into_response()
+    let reply = warp::reply::stream(stream);
+    let reply = warp::reply::with_header(reply, EPOCH_HEADER, epoch);
+    warp::reply::with_header(reply, header::CONTENT_TYPE, "application/octet-stream")
+        .into_response()
 }

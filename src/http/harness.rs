@@ -14,8 +14,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use crate::ltx::Pos;
-use crate::role::{self, RoleConfig, Status};
+use crate::role::{self, CommandQueue, Commands, Promoter, RoleConfig, Status};
 use crate::store::{Options, Role, Store};
+use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
 
 use super::api::Api;
@@ -46,6 +47,9 @@ pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
 pub(crate) struct TestNode {
     pub(crate) store: Arc<Store>,
     pub(crate) stats: Arc<Stats>,
+    pub(crate) replicas: Arc<Replicas>,
+    commands: Commands,
+    queue: Option<CommandQueue>,
     pub(crate) status: watch::Sender<Status>,
     pub(crate) shutdown: watch::Sender<bool>,
     /// `http://127.0.0.1:PORT` once it serves.
@@ -65,10 +69,15 @@ impl TestNode {
             strict_verify: false,
         })
         .unwrap();
+        let status = watch::Sender::new(Status::default());
+        let (commands, queue) = role::commands(status.subscribe());
         TestNode {
             store,
             stats: Arc::default(),
-            status: watch::Sender::new(Status::default()),
+            replicas: Arc::default(),
+            commands,
+            queue: Some(queue),
+            status,
             shutdown: watch::Sender::new(false),
             url: String::new(),
             tasks: Vec::new(),
@@ -103,8 +112,12 @@ impl TestNode {
         let api = Arc::new(Api {
             store: Arc::clone(&self.store),
             stats: Arc::clone(&self.stats),
+            replicas: Arc::clone(&self.replicas),
+            commands: self.commands.clone(),
+            promoter: Promoter::new(true, self.store.node_id(), self.status.subscribe()),
             status: self.status.subscribe(),
             candidate: true,
+            fenced: false,
             path: "/data".into(),
             snapshot_timeout: Duration::from_secs(60),
             fuse_requests: Box::new(|| 0),
@@ -119,17 +132,23 @@ impl TestNode {
             Arc::new(StaticLeaser::new(candidate, "pri".into(), url.to_owned()));
         let config = RoleConfig {
             candidate,
+            promote: false,
+            demote_delay: Duration::from_millis(50),
             reconnect_delay: Duration::from_millis(50),
             databases: databases.iter().map(|name| name.to_string()).collect(),
         };
-        let run = role::run(
-            Arc::clone(&self.store),
-            Arc::clone(&self.stats),
+        // A second loop has a queue of its own, to which nobody sends.
+        let queue = self.queue.take();
+        let queue = queue.unwrap_or_else(|| role::commands(self.status.subscribe()).1);
+        let parts = role::Parts {
+            store: Arc::clone(&self.store),
+            stats: Arc::clone(&self.stats),
+            replicas: Arc::clone(&self.replicas),
             leaser,
-            config,
-            self.status.clone(),
-            self.shutdown.subscribe(),
-        );
+            status: self.status.clone(),
+            commands: queue,
+        };
+        let run = role::run(parts, config, self.shutdown.subscribe());
         self.tasks.push(tokio::spawn(async { run.await.unwrap() }));
     }
 

@@ -9,7 +9,7 @@ use tokio::time::timeout;
 
 use crate::ltx::{self, Pos};
 use crate::stream::frame::{ChunkReader, Frame, FrameError};
-use crate::stream::{format_node_id, posmap};
+use crate::stream::{common, format_node_id, posmap};
 
 use super::harness::{TestNode, eventually, golden};
 use super::server::{Server, ServerError};
@@ -101,7 +101,13 @@ async fn unknown_paths_and_wrong_methods() {
     let node = TestNode::primary().await;
     for client in [h1(), h2()] {
         for path in [
-            "/", "/nothing", "/info/x", "/promote", "/handoff", "/halt", "/tx", "/import",
+            "/",
+            "/nothing",
+            "/info/x",
+            "/promote/x",
+            "/halt",
+            "/tx",
+            "/import",
         ] {
             let answer = client
                 .post(format!("{}{path}", node.url))
@@ -119,6 +125,9 @@ async fn unknown_paths_and_wrong_methods() {
             (Method::GET, "/stream"),
             (Method::DELETE, "/events"),
             (Method::PUT, "/metrics"),
+            (Method::GET, "/promote"),
+            (Method::GET, "/handoff"),
+            (Method::GET, "/common"),
             (Method::POST, "/debug/vars"),
         ] {
             let answer = client
@@ -131,6 +140,65 @@ async fn unknown_paths_and_wrong_methods() {
             assert_eq!(text, "method not allowed\n");
         }
     }
+}
+
+#[tokio::test]
+async fn only_a_primary_with_a_lease_hands_it_over() {
+    let mut node = TestNode::new();
+    node.serve("127.0.0.1:0").await;
+    let url = node.url.clone();
+    let post =
+        async |path: &str| text(h1().post(format!("{url}{path}")).send().await.unwrap()).await;
+    let (status, said) = post("/promote").await;
+    assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(said, "there is no primary that could hand its lease over\n");
+    for path in [
+        "/handoff?nodeID=00000000000000AB",
+        "/demote",
+        "/common?name=a.db",
+    ] {
+        let (status, said) = post(path).await;
+        assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{path}");
+        assert_eq!(said, "this node is not the primary\n");
+    }
+    node.run_role(true, &url, &[]);
+    eventually("primary", || node.status.borrow().is_primary).await;
+    assert_eq!(post("/promote").await.0, StatusCode::OK);
+    for path in [
+        "/handoff",
+        "/handoff?nodeID=x",
+        "/common",
+        "/common?name=../x",
+    ] {
+        assert_eq!(post(path).await.0, StatusCode::BAD_REQUEST, "{path}");
+    }
+    for path in ["/handoff?nodeID=00000000000000AB", "/demote"] {
+        let (status, said) = post(path).await;
+        assert_eq!(status, StatusCode::INTERNAL_SERVER_ERROR, "{path}");
+        assert!(said.contains("static"), "{said}");
+    }
+    assert!(node.status.borrow().is_primary);
+}
+
+#[tokio::test]
+async fn a_primary_tells_where_a_history_parts_from_its_own() {
+    let node = TestNode::primary().await;
+    node.seed("a.db", &golden("wal-4096-lz4")).await;
+    let here = node.pos("a.db");
+    let ask = async |positions: &[Pos]| {
+        let url = format!("{}/common?name=a.db", node.url);
+        let body = common::encode(positions);
+        let answer = h1().post(url).body(body).send().await.unwrap();
+        assert_eq!(answer.status(), StatusCode::OK);
+        common::decode(&answer.bytes().await.unwrap()).unwrap()
+    };
+    let other = Pos {
+        txid: here.txid + 1,
+        checksum: 1 << 63,
+    };
+    assert_eq!(ask(&[other, here]).await, [here]);
+    assert_eq!(ask(&[other]).await, []);
+    assert_eq!(ask(&[]).await, []);
 }
 
 #[tokio::test]

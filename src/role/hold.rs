@@ -23,18 +23,23 @@ pub(super) enum End {
     Lost,
 }
 
-/// Holds `lease` until the node stops or the lease can no longer be relied upon. A lease without a TTL
-/// is held until the node stops.
-pub(super) async fn hold(lease: &dyn Lease, stop: &mut watch::Receiver<bool>) -> End {
+/// Holds `lease` until the node stops or the lease can no longer be relied upon; `renewed` is told
+/// each new moment at which that will be. A lease without a TTL is held until the node stops.
+pub(super) async fn hold(
+    lease: &dyn Lease,
+    stop: &mut watch::Receiver<bool>,
+    mut renewed: impl FnMut(std::time::Instant),
+) -> End {
     let Some(ttl) = lease.ttl() else {
         super::stopped(stop).await;
         return End::Shutdown;
     };
     let mut retry = None;
     loop {
-        let renewed = Instant::from_std(lease.renewed_at());
-        let deadline = renewed + ttl - margin(ttl);
-        let next = retry.take().unwrap_or(renewed + ttl / 2).min(deadline);
+        let end = reliable_until(lease.renewed_at(), ttl);
+        let deadline = Instant::from_std(end);
+        let half = Instant::from_std(lease.renewed_at()) + ttl / 2;
+        let next = retry.take().unwrap_or(half).min(deadline);
         tokio::select! {
             biased;
             () = super::stopped(stop) => return End::Shutdown,
@@ -45,7 +50,7 @@ pub(super) async fn hold(lease: &dyn Lease, stop: &mut watch::Receiver<bool>) ->
             return End::Lost;
         }
         match timeout_at(deadline, lease.renew()).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(())) => renewed(reliable_until(lease.renewed_at(), ttl)),
             Ok(Err(LeaseError::LeaseExpired)) | Err(_) => return End::Lost,
             Ok(Err(error)) => {
                 warn!(%error, "the lease could not be renewed; trying again");
@@ -53,6 +58,11 @@ pub(super) async fn hold(lease: &dyn Lease, stop: &mut watch::Receiver<bool>) ->
             }
         }
     }
+}
+
+/// When a lease that was renewed then is no longer relied upon: a margin before its end.
+pub(super) fn reliable_until(renewed_at: std::time::Instant, ttl: Duration) -> std::time::Instant {
+    renewed_at + ttl - margin(ttl)
 }
 
 /// How long before its end a lease is no longer relied upon.

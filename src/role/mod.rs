@@ -2,42 +2,57 @@
 //!
 //! Who may do what. A node is primary exactly while it holds a lease that has not expired. One round of
 //! the loop: if the lease service names another cluster, nothing is done but waiting; a lease that was
-//! handed over is taken; a primary that exists is followed; if there is none, a candidate tries to
-//! acquire the lease, and whoever is no candidate waits for one to appear. What the loop decides it
-//! tells the store ([`Store::set_role`]: what the mount allows) and everybody else by [`Status`].
+//! handed over is taken; a primary that exists is followed; if there is none, a candidate whose turn it
+//! is (see [`election`]) acquires the lease, and everybody else waits for one to appear. What the loop
+//! decides it tells the store ([`Store::set_role`]: what the mount allows) and everybody else by
+//! [`Status`]. Being primary is [`primary`]'s.
 //!
-//! Why it is safe. Becoming primary: the lease first, the cluster ID second, only then the store's role.
-//! Ceasing: the store's role first (commits are refused), then the status (streams to replicas send the
-//! last transactions and end), and only then the lease is given up, so that nobody else can be primary
-//! while this node still takes writes.
-//! A lease with a TTL counts from before the request that renewed it was sent, less a margin; every
-//! renewal has that moment as its deadline (see [`hold`]). The static lease never expires.
+//! Why it is safe. A lease with a TTL counts from before the request that renewed it was sent, less a
+//! margin (see [`hold`]); the store knows that moment and acknowledges nothing after it, whatever this
+//! loop is doing, and [`watchdog`] ends the streams. Each primary has a number, its epoch, greater than
+//! those of all before it: a replica follows none that is lower than one it has followed.
 //!
 //! Logging: an operator hears once that a primary became unreachable and why, once a minute at most
 //! while it stays so, and once that it is back (see [`outage`]). A replica keeps the primary's hostname
 //! in the mount through a short break and drops it when a reconnection fails.
 
+mod command;
+mod election;
 mod hold;
 mod outage;
+mod primary;
+mod promote;
+mod watchdog;
 
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use tenure_lease::{Lease, LeaseError, Leaser, PrimaryInfo};
+use tenure_lease::{LeaseError, Leaser, PrimaryInfo};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
 use crate::store::{Role, Store, StoreError};
 use crate::stream::receiver::{Ended, Progress, Receiver, StreamError};
+use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
 
+use self::election::{Election, Standing, Turn};
 use self::outage::Outage;
+
+pub use self::command::{CommandError, CommandQueue, Commands, commands};
+pub use self::promote::{PromoteError, Promoter};
 
 /// How long one question to the lease service may take; backends have their own, shorter deadlines.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long after a failed question to the lease service it is asked again.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// How long a stream may go on once its primary is none any more.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// The longest wait between two attempts to reach a primary.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(5);
@@ -59,6 +74,11 @@ pub struct Status {
 pub struct RoleConfig {
     /// May this node become primary (`lease.candidate`)?
     pub candidate: bool,
+    /// Does it ask for the lease once it has caught up (`lease.promote`)?
+    pub promote: bool,
+    /// How long it leaves the lease to others after it was asked to give it up
+    /// (`lease.demote-delay`).
+    pub demote_delay: Duration,
     /// How long to wait before a broken stream is tried again (`lease.reconnect-delay`).
     pub reconnect_delay: Duration,
     /// The databases to replicate (`lease.databases`); all if empty.
@@ -73,38 +93,54 @@ pub enum RoleError {
     Client(#[from] StreamError),
 }
 
+/// What the loop works with.
+pub struct Parts {
+    /// The node's databases.
+    pub store: Arc<Store>,
+    /// What its streams count.
+    pub stats: Arc<Stats>,
+    /// The replicas that are connected.
+    pub replicas: Arc<Replicas>,
+    /// The lease service.
+    pub leaser: Arc<dyn Leaser>,
+    /// Where the loop says what the node is.
+    pub status: watch::Sender<Status>,
+    /// What others ask of it.
+    pub commands: CommandQueue,
+}
+
 /// Runs the loop until `shutdown` becomes true, then gives up the role and the lease.
 pub async fn run(
-    store: Arc<Store>,
-    stats: Arc<Stats>,
-    leaser: Arc<dyn Leaser>,
+    parts: Parts,
     config: RoleConfig,
-    status: watch::Sender<Status>,
     shutdown: watch::Receiver<bool>,
 ) -> Result<(), RoleError> {
     let databases: BTreeSet<String> = config.databases.iter().cloned().collect();
-    let receiver = Receiver::new(Arc::clone(&store), stats, databases)?;
+    let receiver = Receiver::new(parts.store.clone(), parts.stats.clone(), databases)?;
     let outage = Outage::new(config.reconnect_delay, MAX_RECONNECT_DELAY);
+    let election = Election::new(parts.store.clone(), parts.leaser.clone(), config.candidate);
     let mut node = Node {
-        store,
-        leaser,
+        store: parts.store,
+        stats: parts.stats,
+        replicas: parts.replicas,
+        leaser: parts.leaser,
         config,
         receiver,
-        status,
+        election,
+        status: parts.status,
+        commands: parts.commands,
         outage,
         handed_over: None,
+        not_before: None,
+        refused: None,
         complaint: outage::Complaint::default(),
     };
     node.set_role(Role::Replica { hostname: None }).await;
     let mut stop = shutdown.clone();
     while !*stop.borrow() {
         let wait = node.round(&mut stop).await;
-        // The delay ends early when a lease was handed over; a watcher's news would be one more.
-        if node.handed_over.is_none() {
-            tokio::select! {
-                () = sleep(wait) => {}
-                () = stopped(&mut stop) => {}
-            }
+        if node.handed_over.is_none() && !wait.is_zero() {
+            node.await_news(wait, &mut stop).await;
         }
     }
     if let Err(error) = bounded(node.leaser.close()).await {
@@ -115,19 +151,28 @@ pub async fn run(
 
 struct Node {
     store: Arc<Store>,
+    stats: Arc<Stats>,
+    replicas: Arc<Replicas>,
     leaser: Arc<dyn Leaser>,
     config: RoleConfig,
     receiver: Receiver,
+    /// A node that is no candidate takes no part.
+    election: Election,
     status: watch::Sender<Status>,
+    commands: CommandQueue,
     outage: Outage,
     /// A lease that the last primary handed over.
     handed_over: Option<String>,
+    /// Until then the lease is left to others.
+    not_before: Option<Instant>,
+    /// The primary that was refused last, because its number is too low.
+    refused: Option<PrimaryInfo>,
     /// What was last said about the lease service.
     complaint: outage::Complaint,
 }
 
 impl Node {
-    /// One round of the loop. Gives the time to wait before the next.
+    /// One round of the loop. Gives the time to wait before the next, if there is no news.
     async fn round(&mut self, stop: &mut watch::Receiver<bool>) -> Duration {
         match self.try_round(stop).await {
             Ok(wait) => wait,
@@ -136,13 +181,24 @@ impl Node {
                 if self.complaint.is_due(&problem) {
                     warn!("{problem}");
                 }
-                self.config.reconnect_delay.max(Duration::from_millis(100))
+                let delay = self.config.reconnect_delay.max(Duration::from_millis(100));
+                tokio::select! {
+                    () = sleep(delay) => {}
+                    () = stopped(stop) => {}
+                }
+                Duration::ZERO
             }
         }
     }
 
     async fn try_round(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Duration, String> {
         let ask = "cannot ask the lease service";
+        if let Some(lease_id) = self.handed_over.take() {
+            // The last primary belongs to this node's cluster, and takes no writes until this is done.
+            let lease = bounded(self.leaser.acquire_existing(&lease_id)).await;
+            let lease = lease.map_err(|e| format!("cannot take over lease {lease_id}: {e}"))?;
+            return Ok(self.as_primary(lease, stop).await);
+        }
         let service_id = bounded(self.leaser.cluster_id())
             .await
             .map_err(|e| format!("{ask}: {e}"))?;
@@ -154,21 +210,44 @@ impl Node {
                 "the lease belongs to cluster {theirs}, this node to {ours}: correct the lease's key or give this node an empty data directory"
             ));
         }
-        if let Some(lease_id) = self.handed_over.take() {
-            let lease = bounded(self.leaser.acquire_existing(&lease_id)).await;
-            let lease = lease.map_err(|e| format!("cannot take over lease {lease_id}: {e}"))?;
-            return Ok(self.as_primary(lease, stop).await);
-        }
         match bounded(self.leaser.primary_info()).await {
+            Ok(primary) if self.is_this_node(&primary) => {
+                self.no_primary().await;
+                let problem = format!(
+                    "the lease names this very node ({}, {}), which does not hold it: waiting for it to expire (or does another node have this lease.advertise-url?)",
+                    primary.hostname, primary.advertise_url
+                );
+                if self.complaint.is_due(&problem) {
+                    info!("{problem}");
+                }
+                return Ok(MAX_RECONNECT_DELAY);
+            }
             Ok(primary) => return Ok(self.as_replica(primary, stop).await),
             Err(LeaseError::NoPrimary) => {}
             Err(e) => return Err(format!("{ask} for the primary: {e}")),
         }
+        let left_to_others = self
+            .not_before
+            .and_then(|until| until.checked_duration_since(Instant::now()));
+        self.no_primary().await;
+        if let Some(wait) = left_to_others {
+            return Ok(wait);
+        }
         // A node without a cluster ID may only follow where the service has one.
         if !self.config.candidate || (own_id.is_none() && service_id.is_some()) {
-            self.no_primary().await;
-            self.await_news(stop).await;
-            return Ok(Duration::ZERO);
+            return Ok(MAX_RECONNECT_DELAY);
+        }
+        match self.election.turn().await {
+            Ok(Turn::Mine) => {}
+            Ok(Turn::Wait(wait)) => return Ok(wait),
+            Ok(Turn::Never) => {
+                let problem = "this node has no data, and its cluster has some: waiting for another to be primary";
+                if self.complaint.is_due(problem) {
+                    warn!("{problem}");
+                }
+                return Ok(MAX_RECONNECT_DELAY);
+            }
+            Err(e) => return Err(format!("{ask} for the candidates: {e}")),
         }
         match bounded(self.leaser.acquire()).await {
             Ok(lease) => Ok(self.as_primary(lease, stop).await),
@@ -178,93 +257,29 @@ impl Node {
         }
     }
 
-    /// Waits for the watcher's news, or for a while if it has none.
-    async fn await_news(&self, stop: &mut watch::Receiver<bool>) {
-        tokio::select! {
-            news = self.leaser.watch_primary() => if let Err(error) = news {
+    /// Whether the lease names this node, which does not hold it: from before a crash or a handoff.
+    fn is_this_node(&self, primary: &PrimaryInfo) -> bool {
+        self.config.candidate
+            && primary.hostname == self.leaser.hostname()
+            && primary.advertise_url == self.leaser.advertise_url()
+    }
+
+    /// Waits for the watcher's news, at most this long.
+    async fn await_news(&self, wait: Duration, stop: &mut watch::Receiver<bool>) {
+        let news = async {
+            if let Err(error) = self.leaser.watch_primary().await {
                 debug!(%error, "watching for a primary failed");
-                sleep(self.config.reconnect_delay).await;
-            },
-            () = sleep(MAX_RECONNECT_DELAY) => {}
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = news => {}
+            () = sleep(wait) => {}
             () = stopped(stop) => {}
         }
     }
 
-    /// Is primary for as long as the lease lasts.
-    async fn as_primary(
-        &mut self,
-        lease: Box<dyn Lease>,
-        stop: &mut watch::Receiver<bool>,
-    ) -> Duration {
-        let mut wait = Duration::ZERO;
-        match self.agree_on_cluster().await {
-            Ok(()) => {
-                self.set_role(Role::Primary).await;
-                let primary = PrimaryInfo {
-                    hostname: self.leaser.hostname().to_owned(),
-                    advertise_url: self.leaser.advertise_url().to_owned(),
-                };
-                self.status.send_replace(Status {
-                    is_primary: true,
-                    primary: Some(primary),
-                    ready: true,
-                });
-                self.complaint = outage::Complaint::default();
-                self.outage.forget();
-                info!(
-                    lease = self.leaser.kind(),
-                    epoch = lease.epoch(),
-                    "this node is the primary"
-                );
-                match hold::hold(lease.as_ref(), stop).await {
-                    hold::End::Shutdown => {}
-                    hold::End::Lost => {
-                        warn!("the lease is lost: this node is no longer the primary")
-                    }
-                }
-                self.no_primary().await;
-            }
-            Err(problem) => {
-                error!("this node cannot be primary: {problem}");
-                wait = MAX_RECONNECT_DELAY;
-            }
-        }
-        if let Err(error) = bounded(lease.close()).await {
-            debug!(%error, "giving up the lease failed; it expires by itself");
-        }
-        wait
-    }
-
-    /// Makes sure that the cluster has an ID, and that it is this node's.
-    async fn agree_on_cluster(&self) -> Result<(), String> {
-        let id = match self.store.cluster_id() {
-            Some(id) => id,
-            None => {
-                let id = new_cluster_id();
-                self.off_thread({
-                    let id = id.clone();
-                    move |store| store.set_cluster_id(&id)
-                })
-                .await
-                .map_err(|e| format!("cannot keep the cluster ID: {e}"))?;
-                id
-            }
-        };
-        match bounded(self.leaser.cluster_id()).await {
-            Ok(Some(theirs)) if theirs == id => Ok(()),
-            Ok(Some(theirs)) => Err(format!(
-                "the lease belongs to cluster {theirs}, not to {id}"
-            )),
-            Ok(None) => match bounded(self.leaser.set_cluster_id(&id)).await {
-                // A service that keeps no cluster ID has nothing to disagree about.
-                Ok(()) | Err(LeaseError::Unsupported(_)) => Ok(()),
-                Err(e) => Err(format!("cannot set the cluster ID: {e}")),
-            },
-            Err(e) => Err(format!("cannot read the cluster ID: {e}")),
-        }
-    }
-
-    /// Follows a primary until the stream ends or the watcher says that it may be another.
+    /// Follows a primary until the stream ends or the lease service names another.
     async fn as_replica(
         &mut self,
         primary: PrimaryInfo,
@@ -274,33 +289,40 @@ impl Node {
             status.is_primary = false;
             status.primary = Some(primary.clone());
         });
+        self.election.over(Standing::Following);
         self.complaint = outage::Complaint::default();
         let (cancel, mut cancelled) = watch::channel(false);
         let (progress, mut reached) = mpsc::channel(8);
         let receiver = self.receiver.clone();
         let target = primary.clone();
-        let mut stream =
-            tokio::spawn(async move { receiver.follow(&target, &mut cancelled, progress).await });
+        let confirmed = self.refused.take().as_ref() == Some(&primary);
+        let mut stream = tokio::spawn(async move {
+            receiver
+                .follow(&target, confirmed, &mut cancelled, progress)
+                .await
+        });
         let leaser = Arc::clone(&self.leaser);
-        let news = async {
-            if leaser.watch_primary().await.is_err() {
-                sleep(MAX_RECONNECT_DELAY).await;
-            }
-        };
+        let news = another_primary(leaser.as_ref(), &primary);
         tokio::pin!(news);
-        let mut watching = true;
+        let (mut watching, mut stopping) = (true, false);
         let ended = loop {
             tokio::select! {
                 biased;
                 Some(progress) = reached.recv() => self.note_progress(progress, &primary).await,
                 ended = &mut stream => break ended.unwrap_or(Err(StreamError::Panic)),
-                () = stopped(stop), if watching => {
-                    watching = false;
+                () = stopped(stop), if !stopping => {
+                    stopping = true;
                     cancel.send_replace(true);
                 }
                 () = &mut news, if watching => {
+                    // A primary that gave its lease up in order has sent everything and ends the
+                    // stream: its last words may still be on their way.
                     watching = false;
-                    cancel.send_replace(true);
+                    let cancel = cancel.clone();
+                    tokio::spawn(async move {
+                        sleep(LAST_WORDS).await;
+                        cancel.send_replace(true);
+                    });
                 }
             }
         };
@@ -322,6 +344,9 @@ impl Node {
                 self.config.reconnect_delay
             }
             Err(error) => {
+                if matches!(error, StreamError::OldPrimary { .. }) {
+                    self.refused = Some(primary.clone());
+                }
                 // A stream that broke is tried again at once in the mount's eyes: only when that
                 // fails too does this node follow nobody.
                 if self.outage.is_on() {
@@ -340,10 +365,26 @@ impl Node {
                 })
                 .await;
             }
-            Progress::Ready => {
+            Progress::Ready(epoch) => {
+                if let Some(epoch) = epoch.filter(|e| *e > 0)
+                    && let Err(error) = self.off_thread(move |store| store.set_epoch(epoch)).await
+                {
+                    error!(%error, "cannot keep the primary's number");
+                }
                 self.outage.over(primary);
                 self.status
                     .send_if_modified(|status| !std::mem::replace(&mut status.ready, true));
+                if self.config.promote && self.config.candidate {
+                    // Once: whoever takes the lease back later means it.
+                    self.config.promote = false;
+                    let node_id = self.store.node_id();
+                    let promoter = Promoter::new(true, node_id, self.status.subscribe());
+                    tokio::spawn(async move {
+                        if let Err(error) = promoter.promote().await {
+                            warn!(%error, "lease.promote: this node does not become primary");
+                        }
+                    });
+                }
             }
         }
     }
@@ -383,6 +424,24 @@ impl Node {
         match tokio::task::spawn_blocking(move || work(&store)).await {
             Ok(done) => done.map_err(|e| e.to_string()),
             Err(_) => Err("a thread of the store panicked".into()),
+        }
+    }
+}
+
+/// Returns when the service says that `primary` is primary no longer.
+async fn another_primary(leaser: &dyn Leaser, primary: &PrimaryInfo) {
+    loop {
+        if leaser.watch_primary().await.is_err() {
+            sleep(MAX_RECONNECT_DELAY).await;
+        }
+        match bounded(leaser.primary_info()).await {
+            Ok(now) if now == *primary => {}
+            Ok(_) | Err(LeaseError::NoPrimary) => return,
+            // The stream may well outlive the service's outage.
+            Err(error) => {
+                debug!(%error, "cannot ask who is primary");
+                sleep(RETRY).await;
+            }
         }
     }
 }

@@ -5,6 +5,7 @@ use std::time::Instant as StdInstant;
 
 use async_trait::async_trait;
 use parking_lot::Mutex;
+use tenure_lease::Lease;
 use tokio::time::Instant;
 
 use crate::http::harness::{TestNode, eventually, golden};
@@ -153,7 +154,7 @@ async fn different_clusters_never_replicate() {
     };
     let never = watch::Sender::new(false);
     let error = receiver
-        .follow(&info, &mut never.subscribe(), mpsc::channel(8).0)
+        .follow(&info, false, &mut never.subscribe(), mpsc::channel(8).0)
         .await
         .unwrap_err();
     assert!(matches!(error, StreamError::Refused { .. }), "{error}");
@@ -228,7 +229,7 @@ async fn a_lease_ends_a_margin_before_its_ttl_whatever_the_service_does() {
     let mut running = stopper.subscribe();
     assert!(stop.has_changed().is_err(), "its sender is gone");
     assert_eq!(
-        hold::hold(&Scripted::new(None, 0, 0..0), &mut stop).await,
+        hold::hold(&Scripted::new(None, 0, 0..0), &mut stop, |_| ()).await,
         hold::End::Shutdown
     );
 
@@ -236,18 +237,27 @@ async fn a_lease_ends_a_margin_before_its_ttl_whatever_the_service_does() {
     // Renewed at 5 s and 10 s; the third hangs: the end is 9 s after 10 s.
     let start = Instant::now();
     let lease = Scripted::new(ttl, 2, 0..0);
-    assert_eq!(hold::hold(&lease, &mut running).await, hold::End::Lost);
+    assert_eq!(
+        hold::hold(&lease, &mut running, |_| ()).await,
+        hold::End::Lost
+    );
     assert_eq!(start.elapsed().as_secs(), 19);
 
     // Failures for a while (at 5, 6 and 7 s) do no harm; the next renewal counts from 8 s.
     let start = Instant::now();
     let lease = Scripted::new(ttl, 4, 0..3);
-    assert_eq!(hold::hold(&lease, &mut running).await, hold::End::Lost);
+    assert_eq!(
+        hold::hold(&lease, &mut running, |_| ()).await,
+        hold::End::Lost
+    );
     assert_eq!(start.elapsed().as_secs(), 17);
 
     // A short TTL has a tenth of it as its margin.
     let start = Instant::now();
     let lease = Scripted::new(Some(Duration::from_secs(2)), 0, 0..0);
-    assert_eq!(hold::hold(&lease, &mut running).await, hold::End::Lost);
+    assert_eq!(
+        hold::hold(&lease, &mut running, |_| ()).await,
+        hold::End::Lost
+    );
     assert_eq!(start.elapsed(), Duration::from_millis(1800));
 }

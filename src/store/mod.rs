@@ -22,6 +22,7 @@ mod capture;
 mod checkpoint;
 mod context;
 mod database;
+mod epoch;
 mod error;
 mod files;
 pub mod front;
@@ -82,6 +83,7 @@ pub struct Store {
     super_journals: Mutex<HashMap<String, Arc<SuperJournal>>>,
     role: RwLock<Role>,
     cluster_id: RwLock<Option<String>>,
+    epoch: epoch::Epoch,
     /// Locked as long as the node lives: two nodes on one directory would destroy it.
     _lock: fs::File,
     /// The primary's time as of which this node has everything, ms since the Unix epoch.
@@ -102,6 +104,7 @@ impl Store {
         let context = Context::start(options);
         let store = Store {
             cluster_id: RwLock::new(read_cluster_id(&dir)?),
+            epoch: epoch::Epoch::open(&dir)?,
             context,
             _lock: lock,
             databases: RwLock::default(),

@@ -10,9 +10,11 @@
 //! - A name that comes from a peer passes the store's `check_database` before anything else sees it.
 //! - Every wait for a peer has a deadline.
 
+pub mod common;
 pub mod frame;
 pub mod posmap;
 pub mod receiver;
+pub mod replicas;
 pub mod sender;
 pub mod stats;
 
@@ -21,6 +23,10 @@ pub const NODE_ID_HEADER: &str = "litefs-id";
 
 /// The header that names the cluster that the speaking node belongs to.
 pub const CLUSTER_ID_HEADER: &str = "litefs-cluster-id";
+
+/// The header by which nodes of this kind know each other. A primary says its number in it, in
+/// decimal (see the module `role`; 0 with a static lease); LiteFS has no such header.
+pub const EPOCH_HEADER: &str = "tenure-epoch";
 
 /// The longest database name in bytes that a frame or a map is read with: a file name's on Linux. What
 /// the store takes is shorter.

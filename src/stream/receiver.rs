@@ -40,7 +40,7 @@ use super::frame::{ChunkReader, Frame, FrameError};
 use super::posmap::{self, PosMap};
 use super::sender::now_ms;
 use super::stats::Stats;
-use super::{CLUSTER_ID_HEADER, NODE_ID_HEADER, format_node_id};
+use super::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, format_node_id};
 
 /// How long connecting may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -76,8 +76,8 @@ pub enum Ended {
 pub enum Progress {
     /// The primary has accepted the stream.
     Connected,
-    /// Everything that was missing has been applied.
-    Ready,
+    /// Everything that was missing has been applied. The number of the primary, if it says one.
+    Ready(Option<u64>),
 }
 
 /// Why a stream failed. Every one of them may pass by itself: try again later.
@@ -123,6 +123,18 @@ pub enum StreamError {
         theirs: String,
         /// The ID that this data directory has.
         ours: String,
+    },
+    /// The primary is older than one that this node has followed.
+    #[error(
+        "{url} is primary number {theirs}, but this node has already followed number {ours}: it may not know that it was replaced"
+    )]
+    OldPrimary {
+        /// Who.
+        url: String,
+        /// Its number.
+        theirs: u64,
+        /// The last number that this node has followed.
+        ours: u64,
     },
     /// The cluster ID could not be kept.
     #[error("cannot keep the cluster ID: {0}")]
@@ -207,9 +219,14 @@ impl Receiver {
 
     /// Follows `primary` until the stream ends or `cancel` becomes true (or its sender is gone).
     /// `progress` is told what was reached; it must have room, what it has none for is lost.
+    ///
+    /// A primary whose number is lower than this node's epoch is refused, unless `confirmed` says
+    /// that the lease service has named it once more since it was refused: then it is the numbers
+    /// that began anew, with another lease service.
     pub async fn follow(
         &self,
         primary: &PrimaryInfo,
+        confirmed: bool,
         cancel: &mut watch::Receiver<bool>,
         progress: mpsc::Sender<Progress>,
     ) -> Result<Ended, StreamError> {
@@ -219,6 +236,12 @@ impl Receiver {
             _ = cancel.wait_for(|cancel| *cancel) => return Ok(Ended::Cancelled),
             response = self.connect(&url) => response?,
         };
+        let epoch = header(&response, EPOCH_HEADER).and_then(|text| text.parse().ok());
+        let ours = self.store.epoch();
+        if let Some(theirs) = epoch.filter(|e| (1..ours).contains(e) && !confirmed) {
+            let url = url.to_string();
+            return Err(StreamError::OldPrimary { url, theirs, ours });
+        }
         let _ = progress.try_send(Progress::Connected);
 
         let (feed, bytes) = mpsc::channel(CHANNEL_CAPACITY);
@@ -228,6 +251,7 @@ impl Receiver {
             databases: self.databases.clone(),
             memory: Arc::clone(&self.memory),
             progress,
+            epoch,
             ready: false,
         };
         let applier = tokio::task::spawn_blocking(move || applier.run(bytes));
@@ -383,6 +407,8 @@ struct Applier {
     databases: BTreeSet<String>,
     memory: Arc<Mutex<Memory>>,
     progress: mpsc::Sender<Progress>,
+    /// The primary's number, if it says one.
+    epoch: Option<u64>,
     ready: bool,
 }
 
@@ -398,7 +424,7 @@ impl Applier {
                 Frame::Ltx { name, .. } => self.apply(&name, &mut input)?,
                 Frame::Ready => {
                     self.ready = true;
-                    let _ = self.progress.try_send(Progress::Ready);
+                    let _ = self.progress.try_send(Progress::Ready(self.epoch));
                 }
                 Frame::Heartbeat { timestamp } => {
                     // Before `ready` there is no saying how far behind this node is.

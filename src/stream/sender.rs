@@ -38,7 +38,9 @@ use crate::ltx::Pos;
 use crate::store::{Database, Next, Record, Snapshot, Store, StoreError, Subscription};
 
 use super::frame::{ChunkWriter, Frame, encode_ltx};
+use super::parse_node_id;
 use super::posmap::PosMap;
+use super::replicas::{Order, OrderError, Replicas};
 use super::stats::{SentKind, Stats};
 
 /// How long a replica is waited for.
@@ -138,12 +140,14 @@ pub enum SendError {
 pub async fn run(
     store: Arc<Store>,
     stats: Arc<Stats>,
+    replicas: &Replicas,
     replica: Replica,
     limits: Limits,
     out: mpsc::Sender<Bytes>,
     stop: impl Future<Output = ()>,
 ) -> Result<(), SendError> {
     let _counted = stats.stream();
+    let mut registration = replicas.register(parse_node_id(&replica.id));
     let mut heartbeat = interval_at(Instant::now() + HEARTBEAT_INTERVAL, HEARTBEAT_INTERVAL);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut sender = Sender {
@@ -159,7 +163,7 @@ pub async fn run(
         in_step_at: NEVER,
     };
     let (stopping, stopped) = watch::channel(false);
-    let drive = sender.drive(stopped);
+    let drive = sender.drive(stopped, &mut registration.orders);
     tokio::pin!(drive, stop);
     tokio::select! {
         ended = &mut drive => return ended,
@@ -189,7 +193,11 @@ struct Sender<'a> {
 
 impl Sender<'_> {
     /// The whole stream, up to and including its `end` frame.
-    async fn drive(&mut self, mut stopped: watch::Receiver<bool>) -> Result<(), SendError> {
+    async fn drive(
+        &mut self,
+        mut stopped: watch::Receiver<bool>,
+        orders: &mut mpsc::Receiver<Order>,
+    ) -> Result<(), SendError> {
         let mut dirty: BTreeSet<String> = self.positions.keys().cloned().collect();
         dirty.extend(self.store.databases().iter().map(|db| db.name().to_owned()));
         self.round(dirty).await?;
@@ -199,21 +207,13 @@ impl Sender<'_> {
         loop {
             let stopping = *stopped.borrow_and_update();
             if stopping {
-                // What is committed by now is flushed, and so in the subscription.
-                let store = Arc::clone(&self.store);
-                let settle = move || {
-                    store.positions();
-                    Ok(())
-                };
-                self.off_thread("the last transactions", settle).await?;
+                self.settle().await?;
+                return self.send_frame(&Frame::End).await;
             }
             if let Some(dirty) = self.changes.changed().now_or_never() {
                 self.round(dirty).await?;
                 self.in_step_at = now_ms();
                 continue;
-            }
-            if stopping {
-                return self.send_frame(&Frame::End).await;
             }
             tokio::select! {
                 biased;
@@ -223,9 +223,63 @@ impl Sender<'_> {
                     self.send_heartbeat().await?;
                 }
                 _ = stopped.changed() => {}
+                Some(order) = orders.recv() => match order {
+                    Order::CatchUp(done) => {
+                        self.settle().await?;
+                        // Whoever asked may have given up waiting.
+                        let _ = done.send(Ok(()));
+                    }
+                    Order::Handoff(lease_id, done) => {
+                        let settled = self.settle().await;
+                        if settled.is_err() {
+                            let _ = done.send(Err(OrderError::Broken));
+                            return settled;
+                        }
+                        if let Err(refusal) = self.check_complete() {
+                            let _ = done.send(Err(refusal));
+                            continue;
+                        }
+                        if done.is_closed() {
+                            continue;
+                        }
+                        self.send_frame(&Frame::Handoff { lease_id }).await?;
+                        let _ = done.send(Ok(()));
+                        return Ok(());
+                    }
+                },
                 () = self.out.closed() => return Err(SendError::Gone),
             }
         }
+    }
+
+    /// Sends all that is committed by now.
+    async fn settle(&mut self) -> Result<(), SendError> {
+        // Flushed, and so in the subscription.
+        let store = Arc::clone(&self.store);
+        let flush = move || {
+            store.positions();
+            Ok(())
+        };
+        self.off_thread("the last transactions", flush).await?;
+        while let Some(dirty) = self.changes.changed().now_or_never() {
+            self.round(dirty).await?;
+        }
+        self.in_step_at = now_ms();
+        Ok(())
+    }
+
+    /// Whether the replica has all that this node has once it has applied what was sent.
+    fn check_complete(&self) -> Result<(), OrderError> {
+        if !self.filter.is_empty() {
+            return Err(OrderError::Filtered);
+        }
+        for db in self.store.databases() {
+            let sent = self.positions.get(db.name()).copied().unwrap_or_default();
+            if db.broken().is_some() || sent != db.pos() {
+                return Err(OrderError::Behind(db.name().to_owned()));
+            }
+        }
+        Ok(())
     }
 
     /// Brings the replica up to date in each database of `dirty` that it wants.

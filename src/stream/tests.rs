@@ -26,6 +26,7 @@ use crate::store::StoreError;
 use super::frame::{Frame, FrameError, encode_ltx};
 use super::posmap::{self, PosMap};
 use super::receiver::{Ended, Progress, Receiver, StreamError};
+use super::replicas::Replicas;
 use super::sender::{self, Limits, Replica, SendError};
 use super::stats::Stats;
 
@@ -89,7 +90,7 @@ fn receiver(node: &TestNode) -> Receiver {
 async fn follow(receiver: &Receiver, primary: &PrimaryInfo) -> Result<Ended, StreamError> {
     let never = watch::Sender::new(false);
     receiver
-        .follow(primary, &mut never.subscribe(), mpsc::channel(8).0)
+        .follow(primary, false, &mut never.subscribe(), mpsc::channel(8).0)
         .await
 }
 
@@ -106,7 +107,7 @@ async fn a_stream_of_litefs_is_applied_and_its_silence_ends_it() {
     let never = watch::Sender::new(false);
     let start = Instant::now();
     let error = receiver(&node)
-        .follow(&primary, &mut never.subscribe(), progress)
+        .follow(&primary, false, &mut never.subscribe(), progress)
         .await
         .unwrap_err();
     assert!(matches!(error, StreamError::Idle), "{error}");
@@ -117,7 +118,7 @@ async fn a_stream_of_litefs_is_applied_and_its_silence_ends_it() {
     );
     assert_eq!(*maps.lock(), [PosMap::new()]);
     assert_eq!(reached.recv().await, Some(Progress::Connected));
-    assert_eq!(reached.recv().await, Some(Progress::Ready));
+    assert_eq!(reached.recv().await, Some(Progress::Ready(None)));
     let pos = Pos {
         txid: 8,
         checksum: 0xedd7_7332_0bdf_5756,
@@ -194,7 +195,7 @@ async fn the_ends_that_are_no_error() {
     let cancel = watch::Sender::new(false);
     let mut cancelled = cancel.subscribe();
     let receiver = receiver(&node);
-    let following = receiver.follow(&primary, &mut cancelled, mpsc::channel(8).0);
+    let following = receiver.follow(&primary, false, &mut cancelled, mpsc::channel(8).0);
     let stopping = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
         cancel.send_replace(true);
@@ -335,9 +336,11 @@ async fn a_replica_that_reads_nothing_is_cut_off() {
     };
     let start = Instant::now();
     let (store, stats) = (Arc::clone(&node.store), Arc::new(Stats::default()));
+    let replicas = Replicas::default();
     let sent = sender::run(
         store,
         stats,
+        &replicas,
         empty_replica(),
         limits,
         out,
@@ -362,6 +365,7 @@ async fn a_snapshot_has_its_time_and_no_more() {
     let error = sender::run(
         store,
         stats,
+        &Replicas::default(),
         empty_replica(),
         limits,
         out,
@@ -387,6 +391,7 @@ async fn a_stop_during_a_snapshot_ends_its_thread() {
     let error = sender::run(
         store,
         stats,
+        &Replicas::default(),
         empty_replica(),
         limits,
         out,

@@ -14,6 +14,7 @@
 
 pub mod helper;
 pub mod image;
+pub mod net;
 pub mod node;
 pub mod run;
 pub mod sql;

@@ -8,8 +8,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
+use super::net::Namespace;
 use super::run::Running;
 use super::{Members, SOON, wait_until};
 
@@ -31,6 +33,16 @@ pub struct Options {
     pub strict_verify: bool,
     /// Environment variables of its process, besides the test's own.
     pub environment: Vec<(&'static str, &'static str)>,
+    /// With a lease service: the lines of `lease` that say which; else the lease is static.
+    pub service: Option<String>,
+    /// With a lease service: may it be primary?
+    pub candidate: bool,
+    /// With a lease service: HOST:PORT by which other nodes reach it, if not `http`.
+    pub advertise: Option<String>,
+    /// The network namespace that it lives in, if not the test's own.
+    pub namespace: Option<Arc<Namespace>>,
+    /// Further lines at the end of its configuration.
+    pub more: String,
 }
 
 impl Options {
@@ -44,6 +56,19 @@ impl Options {
             retention: None,
             strict_verify: false,
             environment: Vec::new(),
+            service: None,
+            candidate: true,
+            advertise: None,
+            namespace: None,
+            more: String::new(),
+        }
+    }
+
+    /// A candidate on a free port, whose lease service the lines `service` of `lease` name.
+    pub fn candidate(name: &str, service: &str) -> Options {
+        Options {
+            service: Some(service.to_string()),
+            ..Options::primary(name)
         }
     }
 
@@ -63,15 +88,26 @@ impl Options {
             Some(time) => format!("  retention: {time}\n  retention-monitor-interval: 100ms\n"),
             None => String::new(),
         };
+        let lease = match &self.service {
+            Some(service) => format!(
+                "{service}  hostname: {}\n  advertise-url: \"http://{}\"\n  candidate: {}\n",
+                self.name,
+                self.advertise.as_ref().unwrap_or(&self.http),
+                self.candidate,
+            ),
+            None => format!(
+                "  type: static\n  hostname: {}\n  advertise-url: \"http://{}\"\n  candidate: {candidate}\n",
+                self.primary.0, self.primary.1,
+            ),
+        };
         // A quoted Rust string of such a path is a quoted YAML string.
         format!(
             "fuse:\n  dir: {mount:?}\n\
              data:\n  dir: {data:?}\n{retention}\
              http:\n  addr: \"{}\"\n\
              strict-verify: {}\n\
-             lease:\n  type: static\n  hostname: {}\n  advertise-url: \"http://{}\"\n  \
-             candidate: {candidate}\n  reconnect-delay: 100ms\n",
-            self.http, self.strict_verify, self.primary.0, self.primary.1,
+             lease:\n{lease}  reconnect-delay: 100ms\n{}",
+            self.http, self.strict_verify, self.more,
         )
     }
 }
@@ -161,8 +197,8 @@ impl Node {
             .stderr(log);
         // SAFETY: prctl is a system call, which may be made between fork and exec.
         unsafe { command.pre_exec(stop_with_parent) };
-        let child = command
-            .spawn()
+        let child = self
+            .in_namespace(move || command.spawn())
             .unwrap_or_else(|e| panic!("start {TENURE}: {e}"));
         let mut members = self.members.lock().expect("not poisoned");
         members.push((child.id() as i32, self.dir.clone()));
@@ -248,7 +284,25 @@ impl Node {
 
     /// GET of its HTTP API: the body of a 200, else what came instead.
     pub fn http_get(&self, path: &str) -> Result<String, String> {
-        http_get(&self.options.http, path)
+        self.in_namespace(|| http_get(&self.options.http, path))
+    }
+
+    /// POST, with no body, to its HTTP API: the body of a 200, else what came instead.
+    pub fn http_post(&self, path: &str) -> Result<String, String> {
+        self.in_namespace(|| http("POST", &self.options.http, path))
+    }
+
+    /// Whether it says that it is primary.
+    pub fn is_primary(&self) -> bool {
+        self.http_get("/info")
+            .is_ok_and(|info| info.contains("\"isPrimary\": true"))
+    }
+
+    fn in_namespace<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.options.namespace {
+            Some(namespace) => namespace.run(work),
+            None => work(),
+        }
     }
 
     /// The sum over all labels of a metric; panics when it is not shown.
@@ -293,16 +347,23 @@ impl Drop for Node {
 
 /// GET over HTTP/1.0 with time limits.
 pub fn http_get(address: &str, path: &str) -> Result<String, String> {
+    http("GET", address, path)
+}
+
+fn http(method: &str, address: &str, path: &str) -> Result<String, String> {
     let answer = || -> std::io::Result<String> {
         let mut stream = TcpStream::connect(address)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
         stream.set_write_timeout(Some(Duration::from_secs(5)))?;
-        write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
+        write!(
+            stream,
+            "{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Length: 0\r\n\r\n"
+        )?;
         let mut bytes = Vec::new();
         stream.take(16 << 20).read_to_end(&mut bytes)?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
     };
-    let text = answer().map_err(|e| format!("GET http://{address}{path}: {e}"))?;
+    let text = answer().map_err(|e| format!("{method} http://{address}{path}: {e}"))?;
     match text.split_once("\r\n\r\n") {
         Some((head, body)) if head.split(' ').nth(1) == Some("200") => Ok(body.to_string()),
         _ => Err(text),

@@ -1,0 +1,129 @@
+//! `tenure run`: runs a command once the node is what the command needs it to be.
+//!
+//! The command takes this process's place: it has its process ID, gets its signals, and its exit
+//! code is the exit code.
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use reqwest::{Client, Url};
+use serde::Deserialize;
+
+use super::report;
+
+/// How long the node may take to say what it is.
+const INFO_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long the node may take to become primary: the handoff, and what the replica lacks before it.
+const PROMOTE_TIMEOUT: Duration = Duration::from_secs(45);
+
+/// What `tenure run` takes.
+#[derive(Debug, clap::Args)]
+pub(super) struct RunArgs {
+    /// The node's HTTP API.
+    #[arg(long, default_value = "http://localhost:20202")]
+    pub url: Url,
+    /// Have the node made primary first; the command starts when it can write.
+    #[arg(long)]
+    pub promote: bool,
+    /// Do nothing, and end with exit code 0, if the node may never be primary.
+    #[arg(long)]
+    pub if_candidate: bool,
+    /// Say what is done.
+    #[arg(short, long)]
+    pub verbose: bool,
+    /// The command.
+    #[arg(last = true, value_name = "CMD", required = true)]
+    pub command: Vec<OsString>,
+}
+
+/// Runs the command. The result is an exit code only if it was not started.
+pub(super) fn run(args: RunArgs) -> ExitCode {
+    match prepare(&args) {
+        Ok(true) => {}
+        Ok(false) => return ExitCode::SUCCESS,
+        Err(problem) => {
+            report(&problem);
+            return ExitCode::FAILURE;
+        }
+    }
+    // `required` sees to it that there is one.
+    let Some((program, rest)) = args.command.split_first() else {
+        return ExitCode::FAILURE;
+    };
+    let error = Command::new(program).args(rest).exec();
+    report(&format_args!(
+        "cannot run {}: {error}",
+        program.to_string_lossy()
+    ));
+    ExitCode::FAILURE
+}
+
+/// Does what comes before the command; false: it is not to run.
+fn prepare(args: &RunArgs) -> Result<bool, String> {
+    if !args.promote && !args.if_candidate {
+        return Ok(true);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| format!("cannot set up the network: {e}"))?;
+    let say = |text: &str| {
+        if args.verbose {
+            use std::io::Write;
+            // Nobody is left to be told if this fails.
+            let _ = writeln!(std::io::stderr(), "tenure: {text}");
+        }
+    };
+    runtime.block_on(async {
+        let client = Client::builder()
+            .no_proxy()
+            .build()
+            .map_err(|e| format!("cannot set up the network: {e}"))?;
+        if args.if_candidate && !is_candidate(&client, &args.url).await? {
+            say("the node is no candidate: the command is not run");
+            return Ok(false);
+        }
+        if args.promote {
+            promote(&client, &args.url).await?;
+            say("the node is primary");
+        }
+        Ok(true)
+    })
+}
+
+#[derive(Deserialize)]
+struct Info {
+    candidate: bool,
+}
+
+async fn is_candidate(client: &Client, node: &Url) -> Result<bool, String> {
+    let ask = async {
+        let mut url = node.clone();
+        url.set_path("/info");
+        let answer = client.get(url).timeout(INFO_TIMEOUT).send().await?;
+        answer.error_for_status()?.json::<Info>().await
+    };
+    let info = ask
+        .await
+        .map_err(|e| format!("cannot ask the node at {node} what it is: {e}"))?;
+    Ok(info.candidate)
+}
+
+async fn promote(client: &Client, node: &Url) -> Result<(), String> {
+    let mut url = node.clone();
+    url.set_path("/promote");
+    let answer = client.post(url).timeout(PROMOTE_TIMEOUT).send().await;
+    let answer = answer.map_err(|e| format!("cannot reach the node at {node}: {e}"))?;
+    let status = answer.status();
+    if status.is_success() {
+        return Ok(());
+    }
+    let text = answer.text().await.unwrap_or_default();
+    Err(format!(
+        "the node at {node} does not become primary ({status}): {}",
+        text.trim()
+    ))
+}

@@ -1,0 +1,123 @@
+//! Paths about who is primary: `POST /promote`, `POST /handoff`, `POST /demote`, and
+//! `POST /common`, by which a replica whose history may be another learns where it parted from the
+//! primary's.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+
+use bytes::Buf;
+use futures_util::Stream;
+use http::StatusCode;
+use serde::Deserialize;
+use tokio::time::timeout;
+use warp::reply::Response;
+use warp::{Filter, Rejection, Reply};
+
+use crate::role::{CommandError, PromoteError};
+use crate::store::check_database;
+use crate::stream::common::{self, MAX_LEN};
+use crate::stream::parse_node_id;
+
+use super::api::{Api, BODY_TIMEOUT, collect, refuse};
+
+/// The paths of this module.
+pub(super) fn routes(
+    api: impl Filter<Extract = (Arc<Api>,), Error = Infallible> + Clone + Send + Sync + 'static,
+) -> impl Filter<Extract = (Response,), Error = Rejection> + Clone + Send + Sync + 'static {
+    let promote = warp::path!("promote")
+        .and(warp::post())
+        .and(api.clone())
+        .then(promote);
+    let demote = warp::path!("demote")
+        .and(warp::post())
+        .and(api.clone())
+        .then(demote);
+    let handoff = warp::path!("handoff")
+        .and(warp::post())
+        .and(api.clone())
+        .and(warp::query::<Handoff>())
+        .then(hand_over);
+    let common = warp::path!("common")
+        .and(warp::post())
+        .and(api)
+        .and(warp::query::<Common>())
+        .and(warp::body::stream())
+        .then(find_common);
+    let orders = promote.or(demote).unify().or(handoff).unify();
+    orders.or(common).unify()
+}
+
+async fn promote(api: Arc<Api>) -> Response {
+    match api.promoter.promote().await {
+        Ok(()) => StatusCode::OK.into_response(),
+        Err(e @ PromoteError::NotCandidate) => refuse(StatusCode::CONFLICT, &e.to_string()),
+        Err(e) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+    }
+}
+
+#[derive(Deserialize)]
+struct Handoff {
+    #[serde(rename = "nodeID")]
+    node_id: Option<String>,
+}
+
+async fn hand_over(api: Arc<Api>, query: Handoff) -> Response {
+    let Some(node_id) = query.node_id.as_deref().and_then(parse_node_id) else {
+        let text = "nodeID must be the 16 hex digits of a connected replica";
+        return refuse(StatusCode::BAD_REQUEST, text);
+    };
+    obeyed(api.commands.hand_over(node_id).await)
+}
+
+async fn demote(api: Arc<Api>) -> Response {
+    obeyed(api.commands.demote().await)
+}
+
+fn obeyed(result: Result<(), CommandError>) -> Response {
+    match result {
+        Ok(()) => StatusCode::OK.into_response(),
+        Err(e @ CommandError::NotPrimary) => {
+            refuse(StatusCode::SERVICE_UNAVAILABLE, &e.to_string())
+        }
+        Err(e) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &e.to_string()),
+    }
+}
+
+#[derive(Deserialize)]
+struct Common {
+    name: String,
+}
+
+/// Which of a replica's positions this primary has had too: the newest one, or an empty answer.
+async fn find_common<B: Buf>(
+    api: Arc<Api>,
+    query: Common,
+    body: impl Stream<Item = Result<B, warp::Error>>,
+) -> Response {
+    let bad = |text: &str| refuse(StatusCode::BAD_REQUEST, text);
+    if let Err(e) = check_database(&query.name) {
+        return bad(&e.to_string());
+    }
+    if !api.status.borrow().is_primary {
+        return refuse(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "this node is not the primary",
+        );
+    }
+    let bytes = match timeout(BODY_TIMEOUT, collect(body, MAX_LEN)).await {
+        Err(_) => return refuse(StatusCode::REQUEST_TIMEOUT, "the positions did not come"),
+        Ok(Err(e)) => return bad(&e),
+        Ok(Ok(bytes)) => bytes,
+    };
+    let Some(positions) = common::decode(&bytes) else {
+        return bad("the body is no list of positions");
+    };
+    let found = tokio::task::spawn_blocking(move || {
+        let db = api.store.database(&query.name)?;
+        db.newest_common(&positions)
+    });
+    match found.await {
+        Ok(found) => common::encode(found.as_slice()).into_response(),
+        Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
+    }
+}

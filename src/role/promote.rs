@@ -1,0 +1,110 @@
+//! Asking the primary for its lease.
+
+use std::time::Duration;
+
+use reqwest::{Client, Url};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::stream::{NODE_ID_HEADER, format_node_id};
+
+use super::Status;
+
+/// How long the primary may take to hand its lease over.
+const HANDOFF_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// How long this node may take to be primary once the lease is on its way.
+const OFFICE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The most characters of a refusal's text that are told on.
+const MAX_REFUSAL: usize = 512;
+
+/// Why this node has not become primary.
+#[derive(Debug, thiserror::Error)]
+pub enum PromoteError {
+    /// It never may.
+    #[error("this node is not a candidate: set lease.candidate to true where it may be primary")]
+    NotCandidate,
+    /// There is nobody to ask.
+    #[error("there is no primary that could hand its lease over")]
+    NoPrimary,
+    /// The primary did not do it.
+    #[error("the primary {hostname} did not hand its lease over: {reason}")]
+    Refused {
+        /// Who.
+        hostname: String,
+        /// What it says, or what went wrong on the way.
+        reason: String,
+    },
+    /// The lease did not arrive.
+    #[error("the lease was handed over, but this node is not primary after {} s: see its log", OFFICE_TIMEOUT.as_secs())]
+    NotPrimary,
+}
+
+/// Has this node made primary.
+#[derive(Debug, Clone)]
+pub struct Promoter {
+    candidate: bool,
+    node_id: u64,
+    status: watch::Receiver<Status>,
+}
+
+impl Promoter {
+    /// For the node of this ID, whose role loop says `status`.
+    pub fn new(candidate: bool, node_id: u64, status: watch::Receiver<Status>) -> Promoter {
+        Promoter {
+            candidate,
+            node_id,
+            status,
+        }
+    }
+
+    /// Asks the primary for its lease, and returns once this node can write. Of a primary: nothing.
+    pub async fn promote(&self) -> Result<(), PromoteError> {
+        let Status {
+            is_primary,
+            primary,
+            ..
+        } = self.status.borrow().clone();
+        if is_primary {
+            return Ok(());
+        }
+        if !self.candidate {
+            return Err(PromoteError::NotCandidate);
+        }
+        let primary = primary.ok_or(PromoteError::NoPrimary)?;
+        let asked = self.ask(&primary.advertise_url).await;
+        asked.map_err(|reason| PromoteError::Refused {
+            hostname: primary.hostname,
+            reason,
+        })?;
+        let mut status = self.status.clone();
+        let office = status.wait_for(|s| s.is_primary);
+        match timeout(OFFICE_TIMEOUT, office).await {
+            Ok(Ok(_)) => Ok(()),
+            _ => Err(PromoteError::NotPrimary),
+        }
+    }
+
+    async fn ask(&self, primary: &str) -> Result<(), String> {
+        let mut url = Url::parse(primary).map_err(|e| format!("{primary:?}: {e}"))?;
+        url.set_path("/handoff");
+        let id = format_node_id(self.node_id);
+        url.query_pairs_mut().append_pair("nodeID", &id);
+        let client = Client::builder()
+            .timeout(HANDOFF_TIMEOUT)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()
+            .map_err(|e| e.to_string())?;
+        let request = client.post(url).header(NODE_ID_HEADER, id);
+        let answer = request.send().await.map_err(|e| e.to_string())?;
+        let status = answer.status();
+        if status.is_success() {
+            return Ok(());
+        }
+        let text = answer.text().await.unwrap_or_default();
+        let told: String = text.trim().chars().take(MAX_REFUSAL).collect();
+        Err(format!("{status}: {told}"))
+    }
+}
