@@ -34,7 +34,7 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::ltx::{HEADER_SIZE, Header, Pos};
-use crate::store::{Store, StoreError, check_database};
+use crate::store::{Common, Store, StoreError, check_database};
 
 use super::frame::{ChunkReader, Frame, FrameError};
 use super::posmap::{self, PosMap};
@@ -427,7 +427,10 @@ impl Applier {
             inner: &mut file,
             head: Vec::with_capacity(HEADER_SIZE),
         };
-        match self.store.receive(name, &mut tap) {
+        match self
+            .store
+            .receive(name, &mut tap, &mut |_, _| Common::Unknown)
+        {
             Ok(_) => {
                 let header = tap.header();
                 file.finish()?;
