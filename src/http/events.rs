@@ -23,6 +23,7 @@ enum Line<'a> {
     Init { data: Primary<'a> },
     Tx { db: &'a str, data: Tx },
     PrimaryChange { data: Primary<'a> },
+    Divergent { db: &'a str, data: Divergent },
 }
 
 #[derive(Serialize)]
@@ -43,6 +44,15 @@ struct Tx {
     page_size: u32,
     commit: u32,
     timestamp: String,
+}
+
+#[derive(Serialize)]
+struct Divergent {
+    #[serde(rename = "minTXID")]
+    min_txid: String,
+    #[serde(rename = "maxTXID")]
+    max_txid: String,
+    path: String,
 }
 
 /// The first line of the answer.
@@ -85,6 +95,14 @@ fn event_line(event: &Event) -> Bytes {
             data: Primary {
                 is_primary: *is_primary,
                 hostname: hostname.as_deref(),
+            },
+        },
+        Event::Divergent { db, from, to, path } => Line::Divergent {
+            db,
+            data: Divergent {
+                min_txid: format!("{from:016x}"),
+                max_txid: format!("{to:016x}"),
+                path: path.display().to_string(),
             },
         },
     })

@@ -157,7 +157,11 @@ impl TestNode {
         let (store, name, files) = (Arc::clone(&self.store), name.to_owned(), files.to_vec());
         tokio::task::spawn_blocking(move || {
             for file in files {
-                store.receive(&name, &mut &file[..]).unwrap();
+                store
+                    .receive(&name, &mut &file[..], &mut |_, _| {
+                        crate::store::Common::Unknown
+                    })
+                    .unwrap();
             }
             // Flushes them, so that they count.
             store.positions();

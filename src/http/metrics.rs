@@ -23,7 +23,7 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 type Read = fn(&Counters) -> &AtomicU64;
 
 /// The counters of each database: name, help, and which of the store's it is.
-const DB_COUNTERS: [(&str, &str, Read); 6] = [
+const DB_COUNTERS: [(&str, &str, Read); 7] = [
     (
         "litefs_db_database_write_count",
         "Number of writes to the database file.",
@@ -53,6 +53,11 @@ const DB_COUNTERS: [(&str, &str, Read); 6] = [
         "litefs_db_ltx_reap_count",
         "Number of LTX files removed by retention.",
         |c| &c.ltx_reaped,
+    ),
+    (
+        "tenure_divergent_transactions_total",
+        "Transactions that the primary does not have, set aside before its snapshot.",
+        |c| &c.divergent,
     ),
 ];
 

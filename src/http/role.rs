@@ -14,7 +14,7 @@ use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
 use crate::role::{CommandError, PromoteError};
-use crate::store::check_database;
+use crate::store::{self, check_database};
 use crate::stream::common::{self, MAX_LEN};
 use crate::stream::parse_node_id;
 
@@ -88,7 +88,8 @@ struct Common {
     name: String,
 }
 
-/// Which of a replica's positions this primary has had too: the newest one, or an empty answer.
+/// Which of a replica's positions this primary has had too: the newest one, or an empty answer; 404
+/// if it cannot tell.
 async fn find_common<B: Buf>(
     api: Arc<Api>,
     query: Common,
@@ -112,12 +113,13 @@ async fn find_common<B: Buf>(
     let Some(positions) = common::decode(&bytes) else {
         return bad("the body is no list of positions");
     };
-    let found = tokio::task::spawn_blocking(move || {
-        let db = api.store.database(&query.name)?;
-        db.newest_common(&positions)
-    });
-    match found.await {
-        Ok(found) => common::encode(found.as_slice()).into_response(),
+    let Some(db) = api.store.database(&query.name) else {
+        return refuse(StatusCode::NOT_FOUND, "there is no such database");
+    };
+    match tokio::task::spawn_blocking(move || db.newest_common(&positions)).await {
+        Ok(store::Common::At(pos)) => common::encode(&[pos]).into_response(),
+        Ok(store::Common::Nothing) => common::encode(&[]).into_response(),
+        Ok(store::Common::Unknown) => refuse(StatusCode::NOT_FOUND, "the log says nothing of it"),
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
     }
 }

@@ -189,16 +189,19 @@ async fn a_primary_tells_where_a_history_parts_from_its_own() {
         let url = format!("{}/common?name=a.db", node.url);
         let body = common::encode(positions);
         let answer = h1().post(url).body(body).send().await.unwrap();
-        assert_eq!(answer.status(), StatusCode::OK);
-        common::decode(&answer.bytes().await.unwrap()).unwrap()
+        let status = answer.status();
+        let list = common::decode(&answer.bytes().await.unwrap());
+        if status.is_success() { list } else { None }
     };
-    let other = Pos {
-        txid: here.txid + 1,
+    let other = |txid| Pos {
+        txid,
         checksum: 1 << 63,
     };
-    assert_eq!(ask(&[other, here]).await, [here]);
-    assert_eq!(ask(&[other]).await, []);
-    assert_eq!(ask(&[]).await, []);
+    assert_eq!(ask(&[other(here.txid + 1), here]).await.unwrap(), [here]);
+    assert_eq!(ask(&[other(here.txid - 1)]).await.unwrap(), []);
+    // Of a time that this node knows nothing of.
+    assert_eq!(ask(&[other(here.txid + 1)]).await, None);
+    assert_eq!(ask(&[]).await, None);
 }
 
 #[tokio::test]

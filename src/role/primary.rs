@@ -67,17 +67,24 @@ impl Node {
             End::Demoted(_) => info!("this node was asked to be primary no longer"),
         }
         // In this order: no more commits, streams end, and only then the lease goes.
+        let handed_over = handed_over.load(Ordering::Acquire);
+        let in_order = matches!(end, End::Shutdown | End::Demoted(_)) && !handed_over;
+        if in_order {
+            // Commits that were begun are still acknowledged, and sent.
+            let paused = self.off_thread(|store| store.pause_writes()).await;
+            if let Err(error) = paused {
+                warn!(%error, "commits are cut off");
+            }
+        }
         self.no_primary().await;
         self.commands.refuse_all();
-        let handed_over = handed_over.load(Ordering::Acquire);
-        if matches!(end, End::Shutdown | End::Demoted(_)) && !handed_over {
+        if in_order {
             self.await_last_words().await;
             self.record(lease.as_ref()).await;
         }
         if !handed_over {
             give_up(lease.as_ref()).await;
         }
-        self.store.resume_writes();
         if let End::Demoted(done) = end {
             self.not_before = Some(Instant::now() + self.config.demote_delay);
             let _ = done.send(Ok(()));

@@ -7,6 +7,7 @@ use crate::ltx::{self, Encoder, Header, Pos};
 
 use super::database::{Database, State, now_ms};
 use super::error::StoreError;
+use super::gate::Pass;
 
 /// A transaction that is in the log and not yet in the state.
 #[derive(Clone, Debug)]
@@ -32,6 +33,23 @@ pub(super) struct WalPlace {
 }
 
 impl Database {
+    /// The right to commit a transaction; held until it is answered.
+    pub(super) fn begin_commit(&self) -> Result<Pass, StoreError> {
+        let pass = self.context.gate.pass();
+        pass.ok_or_else(|| StoreError::NotPrimary(self.name.clone()))
+    }
+
+    /// What a commit that is in the log is answered with: an error, if this node may not
+    /// acknowledge it any more.
+    pub(super) fn verdict(&self, pass: &Pass) -> Result<(), StoreError> {
+        if pass.is_good() {
+            return Ok(());
+        }
+        let e = StoreError::Unanswered(self.name.clone());
+        self.warn_rarely(&e);
+        Err(e)
+    }
+
     /// Writes the record of a transaction of these pages to the log. `read` gives the bytes of a
     /// page. The state is not changed.
     pub(super) fn append_transaction(

@@ -85,15 +85,10 @@ impl Database {
         let Some(oldest) = st.wal.oldest_missing() else {
             return Ok(Some(st.pos));
         };
-        let Some(mut record) = self.log().read(oldest)? else {
-            return Ok(None);
-        };
-        let mut head = [0u8; crate::ltx::HEADER_SIZE];
-        std::io::Read::read_exact(&mut record.body, &mut head)
-            .map_err(StoreError::io("read log segment", &record.path))?;
-        let header = crate::ltx::Header::decode(&head)
-            .map_err(StoreError::ltx(record.path.display().to_string()))?;
-        Ok(Some(header.pre_apply_pos()))
+        match self.log().read(oldest)? {
+            Some(record) => Ok(Some(record.ltx_header()?.pre_apply_pos())),
+            None => Ok(None),
+        }
     }
 
     /// Removes log records that are older than `retention` and needed no more.

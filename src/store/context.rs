@@ -15,6 +15,7 @@ use crate::ltx::Pos;
 
 use super::database::Database;
 use super::front::Front;
+use super::gate::Gate;
 
 /// Settings of a store.
 #[derive(Clone, Debug)]
@@ -52,6 +53,18 @@ pub enum Event {
         /// The primary's host name, if it is another node and known.
         hostname: Option<String>,
     },
+    /// Transactions that the primary does not have were set aside, before its snapshot takes the
+    /// place of the database.
+    Divergent {
+        /// The database.
+        db: String,
+        /// First TXID; 1 if the whole database was kept as a snapshot.
+        from: u64,
+        /// Last TXID.
+        to: u64,
+        /// The directory that holds them, as LTX files.
+        path: PathBuf,
+    },
 }
 
 /// Events that a reader may fall behind before it is cut off.
@@ -65,7 +78,8 @@ pub struct Context {
     pub options: Options,
     /// Random, new at every start, never 0.
     pub node_id: u64,
-    writable: AtomicBool,
+    /// The gate of commits.
+    pub gate: Arc<Gate>,
     next_ino: AtomicU64,
     front: RwLock<Option<Arc<dyn Front>>>,
     events: broadcast::Sender<Event>,
@@ -119,7 +133,7 @@ impl Context {
         let context = Arc::new(Context {
             options,
             node_id: rand::random::<u64>().max(1),
-            writable: AtomicBool::new(false),
+            gate: Arc::default(),
             next_ino: AtomicU64::new(16),
             front: RwLock::new(None),
             events: broadcast::Sender::new(EVENT_CAPACITY),
@@ -140,12 +154,7 @@ impl Context {
 
     /// Whether transactions of applications may be committed at this moment.
     pub fn is_writable(&self) -> bool {
-        self.writable.load(Ordering::Acquire)
-    }
-
-    /// Opens or closes the gate of [`Context::is_writable`].
-    pub fn set_writable(&self, writable: bool) {
-        self.writable.store(writable, Ordering::Release);
+        self.gate.is_open()
     }
 
     /// A number that no other file of this node has had.

@@ -47,6 +47,8 @@ pub struct Counters {
     pub commits: AtomicU64,
     /// Log records removed by age.
     pub ltx_reaped: AtomicU64,
+    /// Transactions set aside because the primary does not have them.
+    pub divergent: AtomicU64,
 }
 
 /// Which of a database's files.
@@ -306,6 +308,8 @@ pub struct Database {
     pub(super) shm_mapped: Mutex<(u64, u64)>,
     /// Held by whoever saves a checkpoint.
     pub(super) checkpointing: Mutex<()>,
+    /// The position of which all that the primary does not have is set aside already.
+    pub(super) aside: Mutex<Option<Pos>>,
     /// When a refusal was last logged, in seconds since the Unix epoch.
     warned: AtomicU64,
 }
@@ -326,6 +330,7 @@ impl Database {
             replica: Mutex::default(),
             shm_mapped: Mutex::default(),
             checkpointing: Mutex::default(),
+            aside: Mutex::default(),
             warned: AtomicU64::new(0),
         });
         let weak = Arc::downgrade(&db);

@@ -90,6 +90,17 @@ pub enum StoreError {
     /// The file was deleted while it was open.
     #[error("{0} was deleted")]
     Deleted(String),
+    /// Commits that were begun did not end in time.
+    #[error("commits in flight have not ended after {seconds} s: the disk may be stuck")]
+    CommitsInFlight {
+        /// How long was waited, in seconds.
+        seconds: u64,
+    },
+    /// A commit cannot be acknowledged any more.
+    #[error(
+        "{0}: this node stopped being primary before the transaction was answered: it may or may not be kept"
+    )]
+    Unanswered(String),
     /// A lock that a client holds was not given up in time.
     #[error("{db}: waited {seconds} s for {lock}")]
     LockTimeout {

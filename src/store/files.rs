@@ -127,7 +127,7 @@ impl Database {
                 Ok(Some(end)) => return self.end_journal(end, done),
                 Err(e) => Err(e),
             },
-            FileKind::Wal => self.write_wal(&mut self.lock(), offset, data).map(|_| ()),
+            FileKind::Wal => return self.write_wal_answered(offset, data, done),
             FileKind::Shm => f
                 .file
                 .write_all_at(data, offset)
@@ -135,6 +135,28 @@ impl Database {
         };
         if let Err(e) = &result {
             self.warn_rarely(e);
+        }
+        done(result);
+    }
+
+    /// A write to the WAL, which may complete a transaction.
+    fn write_wal_answered(self: &Arc<Self>, offset: u64, data: &[u8], done: Done) {
+        let result = self.begin_commit().and_then(|pass| {
+            let committed = self.write_wal(&mut self.lock(), offset, data)?;
+            Ok((pass, committed))
+        });
+        // The pass is given back after the answer.
+        let (result, _pass) = match result {
+            Ok((pass, false)) => (Ok(()), Some(pass)),
+            Ok((pass, true)) => (self.verdict(&pass), Some(pass)),
+            Err(e) => {
+                self.warn_rarely(&e);
+                (Err(e), None)
+            }
+        };
+        if matches!(result, Err(StoreError::Unanswered(_))) {
+            // The writer will not publish what is committed all the same.
+            self.context.keep(Job::CheckIndex(self.clone()));
         }
         done(result);
     }
@@ -288,12 +310,30 @@ impl Database {
 
     /// An fsync: answered once what it promises is true. The log stands for the other files.
     pub fn sync(&self, f: &DbFile, done: Done) {
-        if f.kind != FileKind::Wal || !self.has_unflushed() {
+        if f.kind != FileKind::Wal {
             return done(Ok(()));
         }
-        let dir = self.dir.clone();
-        self.log()
-            .flush(move |r| done(r.map_err(StoreError::io("flush the log of", dir))));
+        let (gate, name, dir) = (
+            self.context.gate.clone(),
+            self.name.clone(),
+            self.dir.clone(),
+        );
+        let answer = move |flushed: std::io::Result<()>| {
+            // With synchronous=FULL this is a commit's verdict.
+            let flushed = flushed.map_err(StoreError::io("flush the log of", dir));
+            done(flushed.and_then(|()| {
+                if gate.is_valid() {
+                    Ok(())
+                } else {
+                    Err(StoreError::Unanswered(name))
+                }
+            }));
+        };
+        if self.has_unflushed() {
+            self.log().flush(answer);
+        } else {
+            answer(Ok(()));
+        }
     }
 
     /// Takes a file's name away.
@@ -332,6 +372,10 @@ impl Database {
 
     /// Unlinking the database itself is a transaction: the database is gone everywhere.
     fn drop_database(self: &Arc<Self>, done: Done) {
+        let pass = match self.begin_commit() {
+            Ok(pass) => pass,
+            Err(e) => return done(Err(e)),
+        };
         let mut st = self.lock();
         if st.page_count == 0 {
             // Created and never written: there is nothing to tell.
@@ -369,7 +413,8 @@ impl Database {
             if flushed.is_ok() {
                 db.note_flushed(captured.pos.txid);
             }
-            done(removed.and(flushed));
+            done(removed.and(flushed).and_then(|()| db.verdict(&pass)));
+            drop(pass);
         });
     }
 

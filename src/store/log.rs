@@ -24,6 +24,8 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crc_fast::CrcAlgorithm::Crc64GoIso;
 
+use crate::ltx;
+
 use super::error::StoreError;
 use super::log_recovery::{self, sync_dir};
 use super::segment::{self, BodyReader, RECORD_HEADER_SIZE, RecordHeader, Segment};
@@ -453,6 +455,17 @@ pub struct LogRecord {
     pub body: BodyReader,
     /// The segment, for messages.
     pub path: PathBuf,
+}
+
+impl LogRecord {
+    /// The header of its LTX file; the body is still read from its beginning.
+    pub fn ltx_header(&self) -> Result<ltx::Header, StoreError> {
+        let mut head = [0u8; ltx::HEADER_SIZE];
+        self.body
+            .peek(&mut head)
+            .map_err(StoreError::io("read log segment", &self.path))?;
+        ltx::Header::decode(&head).map_err(StoreError::ltx(self.path.display().to_string()))
+    }
 }
 
 /// A record being written. Dropped without [`Appender::commit`], it never was.

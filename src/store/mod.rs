@@ -12,6 +12,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::broadcast;
@@ -22,10 +23,13 @@ mod capture;
 mod checkpoint;
 mod context;
 mod database;
+
+mod divergent;
 mod epoch;
 mod error;
 mod files;
 pub mod front;
+mod gate;
 mod index;
 mod intent;
 mod litefs;
@@ -50,6 +54,7 @@ mod wal;
 
 pub use context::{Event, Options, Subscription};
 pub use database::{Counters, Database, DbFile, FileKind};
+pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;
 pub use files::Done;
 pub use log::LogStats;
@@ -73,6 +78,8 @@ pub enum Role {
     },
 }
 
+/// How long [`Store::pause_writes`] waits for commits in flight.
+pub const PAUSE_WAIT: Duration = Duration::from_secs(5);
 /// Lag of a replica that has never been in step.
 const NEVER_IN_STEP: i64 = i64::MIN;
 
@@ -203,7 +210,7 @@ impl Store {
 
     fn new_database(&self, name: &str) -> Result<Arc<Database>, StoreError> {
         let dir = self.data_dir().join("dbs").join(name);
-        let age = (self.context.options.retention / 4).max(std::time::Duration::from_millis(100));
+        let age = (self.context.options.retention / 4).max(Duration::from_millis(100));
         let log = log::Log::open(&dir.join("log"), age, 0)?;
         Ok(Database::empty(&self.context, name, &dir, log))
     }
@@ -272,6 +279,41 @@ impl Store {
         self.context.is_writable()
     }
 
+    /// Until when applications may commit as long as this node is primary; `None`: without an end.
+    /// A commit that is not answered by then is answered with an error.
+    pub fn set_lease_end(&self, until: Option<Instant>) {
+        self.context.gate.set_lease_end(until);
+    }
+
+    /// Lets no further commit of an application begin. When this returns, those that were begun
+    /// are decided and on disk: [`Store::positions`] is all that was ever acknowledged. The pause
+    /// ends with [`Store::resume_writes`], or with the role.
+    ///
+    /// # Errors
+    /// If commits have not ended after [`PAUSE_WAIT`], or the log could not be flushed; the pause
+    /// is on then too.
+    pub fn pause_writes(&self) -> Result<(), StoreError> {
+        self.context.gate.pause();
+        if !self.context.gate.drain(PAUSE_WAIT) {
+            return Err(StoreError::CommitsInFlight {
+                seconds: PAUSE_WAIT.as_secs(),
+            });
+        }
+        self.databases().iter().try_for_each(|db| db.try_settle())
+    }
+
+    /// Lets applications commit again after [`Store::pause_writes`].
+    pub fn resume_writes(&self) {
+        self.context.gate.resume();
+    }
+
+    /// How many transactions this node has, over all databases: of two nodes with a common past the
+    /// one with more is further. What is applied is flushed first.
+    pub fn transactions(&self) -> u64 {
+        let all = self.positions();
+        all.values().fold(0, |n, p| n.saturating_add(p.txid))
+    }
+
     /// The data directory's file system.
     pub fn statvfs(&self) -> io::Result<libc::statvfs> {
         use std::os::unix::ffi::OsStrExt;
@@ -292,13 +334,15 @@ impl Store {
         let mut current = self.role.write();
         let old = std::mem::replace(&mut *current, role.clone());
         let is_primary = role == Role::Primary;
-        self.context.set_writable(is_primary);
+        self.context.gate.set_primary(is_primary);
         drop(current);
         let hostname = match &role {
             Role::Replica { hostname } => hostname.clone(),
             Role::Primary => None,
         };
-        if !is_primary {
+        if is_primary {
+            self.databases().iter().for_each(|d| d.release_locks());
+        } else {
             self.prepare_replicas();
         }
         if old == role {
@@ -365,7 +409,7 @@ impl Store {
     /// Brings every database to rest: everything in the database files, and saved so that the next
     /// start has nothing to redo. The mount must be gone, or nobody writing.
     pub fn close(&self) {
-        self.context.set_writable(false);
+        self.context.gate.set_primary(false);
         for db in self.databases() {
             if db.broken().is_some() {
                 continue;

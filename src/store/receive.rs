@@ -14,6 +14,7 @@ use crate::sqlite::header::DbHeader;
 use super::Store;
 use super::capture::Captured;
 use super::database::Database;
+use super::divergent::Common;
 use super::error::StoreError;
 
 /// Bytes of a received file that are kept in memory; a larger one is spooled to disk.
@@ -156,13 +157,26 @@ impl Store {
     /// # Errors
     /// [`StoreError::PositionMismatch`] if it does not follow this node's position (a snapshot
     /// always does); the file was read to its end then. Nothing is changed on any error.
-    pub fn receive(&self, name: &str, from: &mut dyn Read) -> Result<Received, StoreError> {
+    ///
+    /// `common` is called only if a snapshot meets a database that is at another position: given
+    /// the positions that this database has had (newest first, as many as the log knows, at most
+    /// [`MAX_POSITIONS`](super::divergent::MAX_POSITIONS)), it answers what the primary shares of
+    /// them. What it does not is set aside before the snapshot takes its place.
+    pub fn receive(
+        &self,
+        name: &str,
+        from: &mut dyn Read,
+        common: &mut dyn FnMut(&str, &[Pos]) -> Common,
+    ) -> Result<Received, StoreError> {
         super::names::check_database(name)?;
         let incoming = Incoming::read(self.data_dir(), from, name)?;
         if incoming.header.node_id == self.node_id() && !incoming.header.is_snapshot() {
             return Ok(Received::Known);
         }
         let db = self.database_for_apply(name, incoming.header.is_snapshot())?;
+        if incoming.header.is_snapshot() {
+            db.set_aside_before(&incoming, common)?;
+        }
         let result = db.apply(incoming);
         self.forget_if_nothing(&db);
         result

@@ -78,10 +78,21 @@ impl Database {
         }))
     }
 
-    /// Flushes what is applied, so that [`Database::pos`] is all there is.
+    /// Flushes what is applied, so that [`Database::pos`] is all there is. A failure is logged by
+    /// the log, which then takes no more transactions.
     pub(super) fn settle(&self) {
-        if self.has_unflushed() && self.log().flush_wait().is_ok() {
+        let _ = self.try_settle();
+    }
+
+    /// The same.
+    ///
+    /// # Errors
+    /// If the flush fails.
+    pub(super) fn try_settle(&self) -> Result<(), StoreError> {
+        if self.has_unflushed() {
+            self.log().flush_wait()?;
             self.note_flushed(self.log().flushed_txid());
         }
+        Ok(())
     }
 }

@@ -163,14 +163,7 @@ impl Database {
         let (first, last) = (log.first_txid(), log.last_txid());
         if saved.txid > 0 && saved.txid <= last {
             let follows = match log.read(saved.txid + 1)? {
-                Some(mut record) => {
-                    let mut head = [0u8; ltx::HEADER_SIZE];
-                    std::io::Read::read_exact(&mut record.body, &mut head)
-                        .map_err(StoreError::io("read log segment", &record.path))?;
-                    let header = ltx::Header::decode(&head)
-                        .map_err(StoreError::ltx(record.path.display().to_string()))?;
-                    header.pre_apply_checksum == saved.checksum
-                }
+                Some(record) => record.ltx_header()?.pre_apply_checksum == saved.checksum,
                 // The same TXID can be one of another history, which a snapshot brought.
                 None => saved.txid == last && self.log_ends_with(saved)?,
             };

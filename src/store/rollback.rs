@@ -18,9 +18,11 @@ use crate::ltx;
 use crate::sqlite::header::{self, DbHeader};
 
 use super::capture::{Captured, Shape, WalPlace};
+use super::context::Job;
 use super::database::{Database, FileKind, State, read_or_zeros};
 use super::error::StoreError;
 use super::files::Done;
+use super::gate::Pass;
 
 /// Largest step by which space for the database file is reserved ahead.
 const RESERVE_STEP: u64 = 16 << 20;
@@ -108,7 +110,7 @@ impl Database {
                 return done(Err(e));
             }
         };
-        let Some(captured) = captured else {
+        let Some((captured, pass)) = captured else {
             let result = self
                 .discard_overlay(&mut st)
                 .and_then(|()| self.finish_journal(&mut st, end));
@@ -117,6 +119,7 @@ impl Database {
         };
         st.journal_active = false;
         st.committing = true;
+        let journal = st.files.journal.as_ref().map(|j| j.ino);
         drop(st);
         let db = self.clone();
         self.log().flush(move |flushed| {
@@ -136,8 +139,23 @@ impl Database {
                 }
             };
             drop(st);
+            let result = result.and_then(|()| db.verdict(&pass));
+            let unanswered = result.is_err();
             done(result);
+            drop(pass);
+            if unanswered {
+                db.forget_journal(journal);
+            }
         });
+    }
+
+    /// The kernel believes that a journal is as it was, because its end was answered with an error.
+    fn forget_journal(&self, journal: Option<u64>) {
+        let name = self.mount_name(FileKind::Journal);
+        self.context.keep(Job::InvalidateEntries(vec![name]));
+        if let Some(ino) = journal {
+            self.context.keep(Job::InvalidateData(ino));
+        }
     }
 
     /// Does what is left of a transaction that was prepared and is committed: it goes into the log,
@@ -175,14 +193,15 @@ impl Database {
     }
 
     /// Logs what changed since the journal began, if anything did.
-    fn capture_rollback(&self, st: &mut State) -> Result<Option<Captured>, StoreError> {
+    fn capture_rollback(&self, st: &mut State) -> Result<Option<(Captured, Pass)>, StoreError> {
         let Some((changed, shape)) = self.changes(st)? else {
             return Ok(None);
         };
+        let pass = self.begin_commit()?;
         let read = |pgno: u32, page: &mut [u8]| self.read_view_page(st, pgno, page);
         let captured = self.append_transaction(st, changed, shape, WalPlace::default(), read)?;
         self.note_captured(&captured);
-        Ok(Some(captured))
+        Ok(Some((captured, pass)))
     }
 
     /// The same, written to `out` in place of the log: a transaction that is committed elsewhere.

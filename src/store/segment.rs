@@ -391,6 +391,16 @@ impl BodyReader {
     }
 }
 
+impl BodyReader {
+    /// Fills `buf` with the bytes that come next, which are read again afterwards.
+    pub fn peek(&self, buf: &mut [u8]) -> io::Result<()> {
+        if (buf.len() as u64) > self.left {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        self.file.read_exact_at(buf, self.offset)
+    }
+}
+
 impl Read for BodyReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let want = usize::try_from(self.left)

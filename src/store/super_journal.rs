@@ -10,6 +10,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::capture::Captured;
+use super::context::Job;
 use super::error::StoreError;
 use super::files::Done;
 use super::intent::Intent;
@@ -118,6 +119,8 @@ impl Store {
     }
 
     fn commit_together(&self, name: &str, parts: &[Arc<Database>]) -> Result<(), StoreError> {
+        let pass = self.context.gate.pass();
+        let pass = pass.ok_or_else(|| StoreError::NotPrimary(name.to_owned()))?;
         let mut intent = Intent::create(self.data_dir(), name)?;
         let mut prepared: Vec<(&Arc<Database>, Captured)> = Vec::new();
         let committed = parts
@@ -155,7 +158,14 @@ impl Store {
         {
             commit_one(db)?;
         }
-        intent.remove()
+        intent.remove()?;
+        if pass.is_good() {
+            return Ok(());
+        }
+        // Its name is gone, and the kernel is told an error.
+        self.context
+            .keep(Job::InvalidateEntries(vec![name.to_owned()]));
+        Err(StoreError::Unanswered(name.to_owned()))
     }
 }
 

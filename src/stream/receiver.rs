@@ -29,13 +29,15 @@ use bytes::{Buf, Bytes};
 use parking_lot::Mutex;
 use reqwest::{Client, Response, StatusCode, Url};
 use tenure_lease::PrimaryInfo;
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::ltx::{HEADER_SIZE, Header, Pos};
-use crate::store::{Store, StoreError, check_database};
+use crate::store::{Common, Store, StoreError, check_database};
 
+use super::common;
 use super::frame::{ChunkReader, Frame, FrameError};
 use super::posmap::{self, PosMap};
 use super::sender::now_ms;
@@ -251,7 +253,11 @@ impl Receiver {
             databases: self.databases.clone(),
             memory: Arc::clone(&self.memory),
             progress,
-            epoch,
+            origin: Origin {
+                client: self.client.clone(),
+                url,
+                epoch,
+            },
             ready: false,
         };
         let applier = tokio::task::spawn_blocking(move || applier.run(bytes));
@@ -407,9 +413,46 @@ struct Applier {
     databases: BTreeSet<String>,
     memory: Arc<Mutex<Memory>>,
     progress: mpsc::Sender<Progress>,
+    origin: Origin,
+    ready: bool,
+}
+
+/// Who sends.
+struct Origin {
+    client: Client,
+    /// The URL of the stream.
+    url: Url,
     /// The primary's number, if it says one.
     epoch: Option<u64>,
-    ready: bool,
+}
+
+impl Origin {
+    /// Asks the primary which of these positions it has had too. Blocks.
+    fn common(&self, name: &str, history: &[Pos]) -> Common {
+        if self.epoch.is_none() {
+            return Common::Unknown;
+        }
+        let mut url = self.url.clone();
+        url.set_path("/common");
+        url.set_query(None);
+        url.query_pairs_mut().append_pair("name", name);
+        let request = self.client.post(url).body(common::encode(history));
+        let asked = async {
+            let answer = request.timeout(ANSWER_TIMEOUT).send().await?;
+            answer.error_for_status()?.bytes().await
+        };
+        match Handle::current().block_on(asked) {
+            Ok(bytes) => match common::decode(&bytes).as_deref() {
+                Some([pos]) => Common::At(*pos),
+                Some([]) => Common::Nothing,
+                _ => Common::Unknown,
+            },
+            Err(error) => {
+                warn!(db = name, %error, "cannot ask the primary where its history parts from this node's");
+                Common::Unknown
+            }
+        }
+    }
 }
 
 impl Applier {
@@ -424,7 +467,7 @@ impl Applier {
                 Frame::Ltx { name, .. } => self.apply(&name, &mut input)?,
                 Frame::Ready => {
                     self.ready = true;
-                    let _ = self.progress.try_send(Progress::Ready(self.epoch));
+                    let _ = self.progress.try_send(Progress::Ready(self.origin.epoch));
                 }
                 Frame::Heartbeat { timestamp } => {
                     // Before `ready` there is no saying how far behind this node is.
@@ -453,7 +496,9 @@ impl Applier {
             inner: &mut file,
             head: Vec::with_capacity(HEADER_SIZE),
         };
-        match self.store.receive(name, &mut tap) {
+        let origin = &self.origin;
+        let mut ask = |name: &str, history: &[Pos]| origin.common(name, history);
+        match self.store.receive(name, &mut tap, &mut ask) {
             Ok(_) => {
                 let header = tap.header();
                 file.finish()?;

@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::vfs::Vfs;
 use crate::ltx::{self, Decoder, Pos};
-use crate::store::{Database, FileKind, Next, Options, Role, Store};
+use crate::store::{Common, Database, FileKind, Next, Options, Received, Role, Store, StoreError};
 
 /// Fields are dropped in order: the VFS goes before its store, the directory last.
 pub(super) struct Bed {
@@ -143,6 +143,12 @@ impl Bed {
         found
     }
 
+    /// Receives a file from a primary that cannot tell what it shares.
+    pub fn receive(&self, name: &str, bytes: &[u8]) -> Result<Received, StoreError> {
+        self.store
+            .receive(name, &mut &bytes[..], &mut |_, _| Common::Unknown)
+    }
+
     /// Gives this replica everything that the primary has of a database, record by record.
     pub fn follow(&self, primary: &Bed, name: &str) {
         let from = primary.db(name);
@@ -155,11 +161,11 @@ impl Bed {
             match from.record_after(pos).unwrap() {
                 Next::UpToDate => return,
                 Next::Record(r) => {
-                    self.store.receive(name, &mut &r.bytes[..]).unwrap();
+                    self.receive(name, &r.bytes).unwrap();
                 }
                 Next::Snapshot => {
                     let bytes = snapshot(&from).1;
-                    self.store.receive(name, &mut &bytes[..]).unwrap();
+                    self.receive(name, &bytes).unwrap();
                 }
             }
         }

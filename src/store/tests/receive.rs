@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::bed::{Bed, checksum, image, integrity, set_mode, snapshot};
 use crate::ltx::{self, CHECKSUM_FLAG, Encoder, Header, LtxError, Pos};
-use crate::store::{FileKind, Next, Received, Role, StoreError};
+use crate::store::{Common, FileKind, Next, Received, Role, StoreError};
 
 const DB: &str = "a.db";
 
@@ -42,7 +42,7 @@ fn hex(v: &Value) -> u64 {
 }
 
 fn receive(bed: &Bed, bytes: &[u8]) -> Result<Received, StoreError> {
-    bed.store.receive(DB, &mut &bytes[..])
+    bed.receive(DB, bytes)
 }
 
 /// A primary with some transactions.
@@ -200,7 +200,9 @@ fn a_file_that_is_not_whole_changes_nothing() {
         let mut stream = good.clone();
         stream.extend_from_slice(b"the next frame");
         let mut reader = &stream[..];
-        bed.store.receive(DB, &mut reader).unwrap();
+        bed.store
+            .receive(DB, &mut reader, &mut |_, _| Common::Unknown)
+            .unwrap();
         let mut rest = String::new();
         reader.read_to_string(&mut rest).unwrap();
         assert_eq!(rest, "the next frame");
@@ -213,7 +215,7 @@ fn names_from_the_network_are_checked() {
     let files = case("delete-4096-raw");
     let long = "x".repeat(300);
     for name in ["", "..", "../a.db", "a/b", "a.db-wal", ".primary", &long] {
-        let e = bed.store.receive(name, &mut &files[0].0[..]).unwrap_err();
+        let e = bed.receive(name, &files[0].0).unwrap_err();
         assert!(matches!(e, StoreError::Name(_)), "{name:?}: {e}");
     }
     assert!(bed.store.databases().is_empty());
