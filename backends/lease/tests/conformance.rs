@@ -3,17 +3,18 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures_util::FutureExt;
-use tenure_lease::conformance::{self, Service};
+use tenure_lease::conformance::{self, Fault, Service};
 use tenure_lease::{Candidate, Lease, LeaseError, Leaser, Placement, PrimaryInfo};
 use tokio::sync::watch;
 
 const TTL: Duration = Duration::from_secs(1);
+const CALL_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// What is wrong with a service.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -36,6 +37,17 @@ enum Flaw {
     ClusterIdIsOverwritten,
     OutageIsFatal,
     OutageHangs,
+    StallIsFatal,
+    StallHangs,
+    StallDeafens,
+    SlowIsTooSlow,
+    ForgetsCandidates,
+    KeepsOldCandidates,
+    CandidatesNeverExpire,
+    CandidatesExpireAnyway,
+    CandidatesCannotWithdraw,
+    AnybodyRecords,
+    RecordGoesWithTheLease,
 }
 
 #[derive(Default)]
@@ -54,7 +66,7 @@ struct Key {
 struct Memory {
     flaw: Flaw,
     keys: Mutex<HashMap<String, Key>>,
-    up: AtomicBool,
+    fault: watch::Sender<Fault>,
 }
 
 impl Memory {
@@ -62,7 +74,7 @@ impl Memory {
         Arc::new(Self {
             flaw,
             keys: Mutex::default(),
-            up: AtomicBool::new(true),
+            fault: watch::Sender::new(Fault::None),
         })
     }
 }
@@ -90,15 +102,19 @@ impl Service for Shared {
     }
 
     fn call_timeout(&self) -> Duration {
-        Duration::from_millis(300)
+        CALL_TIMEOUT
+    }
+
+    async fn fault(&self, fault: Fault) {
+        self.0.fault.send_replace(fault);
     }
 
     async fn stop(&self) {
-        self.0.up.store(false, Ordering::SeqCst);
+        self.0.fault.send_replace(Fault::Refuse);
     }
 
     async fn start(&self) {
-        self.0.up.store(true, Ordering::SeqCst);
+        self.0.fault.send_replace(Fault::None);
     }
 }
 
@@ -121,14 +137,24 @@ impl Node {
     /// A request's way to the service and back.
     async fn reach(&self) -> Result<(), LeaseError> {
         tokio::time::sleep(Duration::from_millis(1)).await;
-        if self.memory.up.load(Ordering::SeqCst) {
-            return Ok(());
+        let fault = *self.memory.fault.borrow();
+        match (fault, self.flaw()) {
+            (Fault::None, _) => return Ok(()),
+            (Fault::Delay(_), Flaw::SlowIsTooSlow) => {}
+            (Fault::Delay(delay), _) => {
+                tokio::time::sleep(2 * delay).await;
+                return Ok(());
+            }
+            (Fault::Refuse, Flaw::OutageHangs) | (Fault::Stall, Flaw::StallHangs) => {
+                std::future::pending().await
+            }
+            (Fault::Refuse, Flaw::OutageIsFatal) | (Fault::Stall, Flaw::StallIsFatal) => {
+                return Err(LeaseError::fatal("asking", "down"));
+            }
+            (Fault::Stall, _) => tokio::time::sleep(CALL_TIMEOUT / 2).await,
+            (Fault::Refuse | Fault::Cut, _) => {}
         }
-        match self.flaw() {
-            Flaw::OutageIsFatal => Err(LeaseError::fatal("asking", "down")),
-            Flaw::OutageHangs => std::future::pending().await,
-            _ => Err(LeaseError::transient("asking", "down")),
-        }
+        Err(LeaseError::transient("asking", "down"))
     }
 
     fn with_key<T>(&self, f: impl FnOnce(&mut Key) -> T) -> T {
@@ -229,10 +255,16 @@ impl Leaser for Node {
             Flaw::WatcherMissesWhatWasBefore => *changes.borrow(),
             _ => *self.seen.lock().unwrap(),
         };
-        let now = *changes
-            .wait_for(|n| *n > seen)
-            .await
-            .expect("the key lives");
+        let mut fault = self.memory.fault.subscribe();
+        let heard = tokio::select! {
+            now = changes.wait_for(|n| *n > seen) => Some(*now.expect("the key lives")),
+            _ = fault.wait_for(|fault| *fault == Fault::Stall) => None,
+        };
+        let now = match heard {
+            Some(now) => now,
+            None if self.flaw() == Flaw::StallDeafens => std::future::pending().await,
+            None => return Err(LeaseError::transient("watching", "down")),
+        };
         *self.seen.lock().unwrap() = now;
         Ok(())
     }
@@ -260,18 +292,29 @@ impl Leaser for Node {
 
     async fn announce(&self, candidate: &Candidate) -> Result<Option<Duration>, LeaseError> {
         self.reach().await?;
+        let flaw = self.flaw();
         self.with_key(|key| {
-            key.candidates
-                .insert(self.id, (candidate.clone(), Instant::now() + TTL));
+            let until = Instant::now() + TTL;
+            match key.candidates.get_mut(&self.id) {
+                Some((_, old)) if flaw == Flaw::KeepsOldCandidates => *old = until,
+                Some((said, _)) if flaw == Flaw::CandidatesExpireAnyway => {
+                    *said = candidate.clone()
+                }
+                _ if flaw == Flaw::ForgetsCandidates => {}
+                _ => {
+                    key.candidates.insert(self.id, (candidate.clone(), until));
+                }
+            }
         });
         Ok(Some(TTL))
     }
 
     async fn candidates(&self) -> Result<Vec<Candidate>, LeaseError> {
         self.reach().await?;
+        let for_ever = self.flaw() == Flaw::CandidatesNeverExpire;
         Ok(self.with_key(|key| {
             key.candidates
-                .retain(|_, (_, until)| Instant::now() < *until);
+                .retain(|_, (_, until)| for_ever || Instant::now() < *until);
             key.candidates.values().map(|(c, _)| c.clone()).collect()
         }))
     }
@@ -282,7 +325,10 @@ impl Leaser for Node {
     }
 
     async fn close(&self) -> Result<(), LeaseError> {
-        self.with_key(|key| key.candidates.remove(&self.id));
+        self.reach().await?;
+        if self.flaw() != Flaw::CandidatesCannotWithdraw {
+            self.with_key(|key| key.candidates.remove(&self.id));
+        }
         Ok(())
     }
 }
@@ -344,7 +390,12 @@ impl Lease for Held {
 
     async fn record(&self, placement: Placement) -> Result<(), LeaseError> {
         self.node.reach().await?;
+        let any = self.node.flaw() == Flaw::AnybodyRecords;
         self.node.with_key(|key| match &key.holder {
+            _ if any => {
+                key.recorded = Some(placement);
+                Ok(())
+            }
             Some((id, _, _)) if *id == self.id => {
                 key.recorded = Some(placement);
                 Ok(())
@@ -356,7 +407,9 @@ impl Lease for Held {
     async fn close(&self) -> Result<(), LeaseError> {
         self.node.reach().await?;
         let any = self.node.flaw() == Flaw::OldHolderReleasesTheNew;
+        let forgets = self.node.flaw() == Flaw::RecordGoesWithTheLease;
         self.node.with_key(|key| {
+            key.recorded.take_if(|_| forgets);
             if key
                 .holder
                 .take_if(|(id, ..)| any || *id == self.id)
@@ -409,6 +462,20 @@ async fn every_flaw_is_found() {
         (Flaw::ClusterIdIsOverwritten, "different IDs were set"),
         (Flaw::OutageIsFatal, "failed for good"),
         (Flaw::OutageHangs, "took longer than"),
+        (Flaw::StallIsFatal, "failed for good"),
+        (Flaw::StallHangs, "took longer than"),
+        (Flaw::StallDeafens, "was not told after the fault"),
+        (Flaw::SlowIsTooSlow, "calling a slow service"),
+        (Flaw::ForgetsCandidates, "announced, but not seen"),
+        (Flaw::KeepsOldCandidates, "announced last"),
+        (Flaw::CandidatesNeverExpire, "not announced for long"),
+        (
+            Flaw::CandidatesExpireAnyway,
+            "though it was announced in time",
+        ),
+        (Flaw::CandidatesCannotWithdraw, "seen, though withdrawn"),
+        (Flaw::AnybodyRecords, "recorded with"),
+        (Flaw::RecordGoesWithTheLease, "changed or gone"),
     ];
     let runs = flaws.map(|(flaw, why)| async move { (flaw, why, failure(flaw).await) });
     for (flaw, why, failure) in futures_util::future::join_all(runs).await {

@@ -143,7 +143,7 @@ impl Lease for StaticLease {
 
 #[cfg(test)]
 mod tests {
-    use tenure_lease::conformance::{self, Service};
+    use tenure_lease::conformance::{self, Fault, Service};
 
     use super::*;
 
@@ -164,6 +164,8 @@ mod tests {
         fn call_timeout(&self) -> Duration {
             Duration::ZERO
         }
+
+        async fn fault(&self, _fault: Fault) {}
 
         async fn stop(&self) {}
 
