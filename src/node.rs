@@ -1,16 +1,17 @@
 //! A node: builds its parts out of a configuration, and starts and stops them in order. The one
-//! place that knows every part, and the only one that knows which lease backends there are.
+//! place that knows every part; [`backend`] alone knows which lease backends there are.
 //!
 //! Start: HTTP listener, data directory (recovered), mount, role, and then answers on HTTP. Stop: role (no more writes),
 //! streams and HTTP, databases (everything in place and saved), and the mount last, lazily, so
 //! that open files never keep a node from ending.
 
+mod backend;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tenure_lease::Leaser;
-use tenure_lease_static::StaticLeaser;
+use tenure_lease::LeaseError;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -59,9 +60,9 @@ pub enum NodeError {
     /// A part ended that never should.
     #[error("{0} ended unexpectedly: see the log")]
     Ended(&'static str),
-    /// This build has no such backend.
-    #[error("lease.type {0} is not available in this version")]
-    Lease(&'static str),
+    /// The lease backend as it is configured.
+    #[error(transparent)]
+    Lease(LeaseError),
     /// The system.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),
@@ -108,7 +109,7 @@ struct Node {
 
 impl Node {
     async fn start(config: &Config, options: Options) -> Result<Node, NodeError> {
-        let leaser = leaser(config)?;
+        let leaser = backend::leaser(config)?;
         let server = Server::bind(&config.http.addr).await?;
         let addr = server.local_addr();
         let store_options = StoreOptions {
@@ -221,20 +222,6 @@ async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Rece
         if blocking(move || store.prune()).await.is_err() {
             tracing::error!("removing old transactions failed");
         }
-    }
-}
-
-/// The backend that the configuration names.
-fn leaser(config: &Config) -> Result<Arc<dyn Leaser>, NodeError> {
-    let lease = &config.lease;
-    match lease.kind {
-        LeaseKind::Static => Ok(Arc::new(StaticLeaser::new(
-            lease.candidate,
-            lease.hostname.clone(),
-            lease.advertise_url.clone(),
-        ))),
-        LeaseKind::Consul => Err(NodeError::Lease("consul")),
-        LeaseKind::Etcd => Err(NodeError::Lease("etcd")),
     }
 }
 

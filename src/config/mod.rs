@@ -133,14 +133,9 @@ impl Config {
     /// What of this configuration this version of Tenure cannot do yet, if anything: a node must
     /// not start with it, for it would silently be less than was asked for.
     pub fn unsupported(&self) -> Option<String> {
-        let lease = match self.lease.kind {
-            LeaseKind::Static => None,
-            LeaseKind::Consul => Some("lease.type consul"),
-            LeaseKind::Etcd => Some("lease.type etcd"),
-        };
         let https = self.lease.advertise_url.starts_with("https:");
-        let feature = lease
-            .or((https && !self.lease.candidate).then_some("TLS (https in lease.advertise-url)"))
+        let feature = https
+            .then_some("TLS (https in lease.advertise-url)")
             .or(self
                 .proxy
                 .target

@@ -172,6 +172,8 @@ pub struct ConsulConfig {
     pub ttl: Duration,
     /// How long a key stays locked after its session has expired: up to 60 s. Default 1 s.
     pub lock_delay: Duration,
+    /// Certificates for an `https` URL. LiteFS does not have it.
+    pub tls: Option<TlsConfig>,
 }
 
 /// `lease.etcd`.
@@ -191,7 +193,7 @@ pub struct EtcdConfig {
     pub tls: Option<TlsConfig>,
 }
 
-/// `lease.etcd.tls`: PEM files.
+/// `lease.etcd.tls`, `lease.consul.tls`: PEM files.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct TlsConfig {
     /// The authority that signs the servers' certificates. Default: the system's.

@@ -142,11 +142,13 @@ fn consul(mut s: Section) -> Result<ConsulConfig> {
         key: String::new(),
         ttl: Duration::from_secs(10),
         lock_delay: Duration::from_secs(1),
+        tls: None,
     };
     s.set("url", &mut c.url)?;
     s.set("key", &mut c.key)?;
     s.set("ttl", &mut c.ttl)?;
     s.set("lock-delay", &mut c.lock_delay)?;
+    c.tls = s.section("tls")?.map(tls).transpose()?;
     s.finish()?;
     Ok(c)
 }
@@ -165,16 +167,18 @@ fn etcd(mut s: Section) -> Result<EtcdConfig> {
     s.set("ttl", &mut c.ttl)?;
     s.set("username", &mut c.username)?;
     s.set("password", &mut c.password)?;
-    if let Some(mut s) = s.section("tls")? {
-        let mut tls = TlsConfig::default();
-        s.set("ca", &mut tls.ca)?;
-        s.set("cert", &mut tls.cert)?;
-        s.set("key", &mut tls.key)?;
-        s.finish()?;
-        c.tls = Some(tls);
-    }
+    c.tls = s.section("tls")?.map(tls).transpose()?;
     s.finish()?;
     Ok(c)
+}
+
+fn tls(mut s: Section) -> Result<TlsConfig> {
+    let mut tls = TlsConfig::default();
+    s.set("ca", &mut tls.ca)?;
+    s.set("cert", &mut tls.cert)?;
+    s.set("key", &mut tls.key)?;
+    s.finish()?;
+    Ok(tls)
 }
 
 fn backup(mut s: Section) -> Result<BackupConfig> {

@@ -85,7 +85,7 @@ lease:
   reconnect-delay: 7s
   demote-delay: 8s
   databases: [a.db, b.db]
-  consul: {url: 'http://:tok@c:8500/p', key: k, ttl: 11s, lock-delay: 2s}
+  consul: {url: 'http://:tok@c:8500/p', key: k, ttl: 11s, lock-delay: 2s, tls: {ca: /cca}}
   etcd:
     endpoints: ['http://e:2379']
     key: ek
@@ -156,6 +156,10 @@ tracing: {enabled: false, path: /t, max-size: 1, max-count: 2, compress: false}
                 key: "k".into(),
                 ttl: secs(11),
                 lock_delay: secs(2),
+                tls: Some(TlsConfig {
+                    ca: Some("/cca".into()),
+                    ..TlsConfig::default()
+                }),
             }),
             etcd: Some(EtcdConfig {
                 endpoints: vec!["http://e:2379".into()],
@@ -355,14 +359,6 @@ fn mistakes_are_named_with_file_line_and_key() {
 #[test]
 fn what_is_not_built_yet_is_said() {
     for (text, feature) in [
-        (
-            "lease: {type: consul, consul: {url: 'http://c', key: k}}",
-            "lease.type consul",
-        ),
-        (
-            "lease: {type: etcd, etcd: {endpoints: ['http://e'], key: k}}",
-            "lease.type etcd",
-        ),
         (
             "lease: {type: static, candidate: false, advertise-url: 'https://p:1'}",
             "TLS",

@@ -5,7 +5,7 @@ use std::time::Duration;
 use std::{fs, io};
 
 use super::ConfigError;
-use super::model::{Config, ConsulConfig, EtcdConfig, LeaseKind, ProxyConfig};
+use super::model::{Config, ConsulConfig, EtcdConfig, LeaseKind, ProxyConfig, TlsConfig};
 use super::section::Source;
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -191,6 +191,9 @@ fn consul(c: &ConsulConfig, source: &Source) -> Result<()> {
     if c.lock_delay > Duration::from_secs(60) {
         return invalid("lock-delay", "must be 60s or less: Consul refuses more");
     }
+    if half_an_identity(c.tls.as_ref()) {
+        return invalid("tls", "cert and key must be given together");
+    }
     Ok(())
 }
 
@@ -215,12 +218,14 @@ fn etcd(c: &EtcdConfig, source: &Source) -> Result<()> {
     if c.username.is_some() != c.password.is_some() {
         return invalid("username", "and password must be given together");
     }
-    match &c.tls {
-        Some(tls) if tls.cert.is_some() != tls.key.is_some() => {
-            invalid("tls", "cert and key must be given together")
-        }
-        _ => Ok(()),
+    if half_an_identity(c.tls.as_ref()) {
+        return invalid("tls", "cert and key must be given together");
     }
+    Ok(())
+}
+
+fn half_an_identity(tls: Option<&TlsConfig>) -> bool {
+    tls.is_some_and(|tls| tls.cert.is_some() != tls.key.is_some())
 }
 
 /// The host in an `http` or `https` URL; `None` if it is no such URL.

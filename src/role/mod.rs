@@ -29,6 +29,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use reqwest::StatusCode;
 use tenure_lease::{LeaseError, Leaser, PrimaryInfo};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
@@ -53,6 +54,13 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// How long a stream may go on once its primary is none any more.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// How often, and after which time, a primary is asked again that has the lease and is not in
+/// office yet.
+const EARLY: u32 = 20;
+
+/// See [`EARLY`].
+const EARLY_DELAY: Duration = Duration::from_millis(20);
 
 /// The longest wait between two attempts to reach a primary.
 const MAX_RECONNECT_DELAY: Duration = Duration::from_secs(5);
@@ -133,6 +141,7 @@ pub async fn run(
         handed_over: None,
         not_before: None,
         refused: None,
+        early: 0,
         complaint: outage::Complaint::default(),
     };
     node.set_role(Role::Replica { hostname: None }).await;
@@ -167,6 +176,8 @@ struct Node {
     not_before: Option<Instant>,
     /// The primary that was refused last, because its number is too low.
     refused: Option<PrimaryInfo>,
+    /// How often in a row a primary was not in office yet.
+    early: u32,
     /// What was last said about the lease service.
     complaint: outage::Complaint,
 }
@@ -347,6 +358,15 @@ impl Node {
                 if matches!(error, StreamError::OldPrimary { .. }) {
                     self.refused = Some(primary.clone());
                 }
+                if let StreamError::Refused { status, .. } = &error
+                    && *status == StatusCode::SERVICE_UNAVAILABLE
+                    && self.early < EARLY
+                {
+                    // It has the lease, and will be primary in a moment.
+                    self.early += 1;
+                    debug!(primary = primary.hostname, %error, "too early");
+                    return EARLY_DELAY;
+                }
                 // A stream that broke is tried again at once in the mount's eyes: only when that
                 // fails too does this node follow nobody.
                 if self.outage.is_on() {
@@ -360,6 +380,7 @@ impl Node {
     async fn note_progress(&mut self, progress: Progress, primary: &PrimaryInfo) {
         match progress {
             Progress::Connected => {
+                self.early = 0;
                 self.set_role(Role::Replica {
                     hostname: Some(primary.hostname.clone()),
                 })

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use reqwest::{Client, Url};
+use tenure_lease::PrimaryInfo;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -15,6 +16,9 @@ const HANDOFF_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// How long this node may take to be primary once the lease is on its way.
 const OFFICE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a primary is waited for, when there is none.
+const PRIMARY_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The most characters of a refusal's text that are told on.
 const MAX_REFUSAL: usize = 512;
@@ -72,7 +76,10 @@ impl Promoter {
         if !self.candidate {
             return Err(PromoteError::NotCandidate);
         }
-        let primary = primary.ok_or(PromoteError::NoPrimary)?;
+        let primary = match primary {
+            Some(primary) => primary,
+            None => self.await_primary().await?,
+        };
         let asked = self.ask(&primary.advertise_url).await;
         asked.map_err(|reason| PromoteError::Refused {
             hostname: primary.hostname,
@@ -83,6 +90,16 @@ impl Promoter {
         match timeout(OFFICE_TIMEOUT, office).await {
             Ok(Ok(_)) => Ok(()),
             _ => Err(PromoteError::NotPrimary),
+        }
+    }
+
+    /// Waits for a primary to ask, in the moment between two of them.
+    async fn await_primary(&self) -> Result<PrimaryInfo, PromoteError> {
+        let mut status = self.status.clone();
+        let known = status.wait_for(|s| s.primary.is_some());
+        match timeout(PRIMARY_TIMEOUT, known).await {
+            Ok(Ok(status)) => status.primary.clone().ok_or(PromoteError::NoPrimary),
+            _ => Err(PromoteError::NoPrimary),
         }
     }
 

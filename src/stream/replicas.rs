@@ -9,13 +9,16 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::format_node_id;
 
 /// How long a stream may take to send what is missing.
 const CATCH_UP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a replica that is not connected is waited for.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long a stream may take for the last transactions and the lease.
 const HANDOFF_TIMEOUT: Duration = Duration::from_secs(2);
@@ -61,6 +64,7 @@ impl OrderError {
 #[derive(Debug, Default)]
 pub struct Replicas {
     streams: Mutex<BTreeMap<u64, mpsc::Sender<Order>>>,
+    connected: Notify,
 }
 
 /// A stream's end of its entry; it is gone from the list when this is dropped.
@@ -90,6 +94,7 @@ impl Replicas {
         let (sender, orders) = mpsc::channel(1);
         if let Some(id) = id {
             self.streams.lock().insert(id, sender.clone());
+            self.connected.notify_waiters();
         }
         Registration {
             replicas: self,
@@ -99,8 +104,23 @@ impl Replicas {
         }
     }
 
-    /// Waits until the replica was sent all that there was when this was asked.
+    /// Waits until the replica was sent all that there was when this was asked. One that is about
+    /// to connect is waited for: it may have learned of this primary a moment ago.
     pub async fn catch_up(&self, id: u64) -> Result<(), OrderError> {
+        let connected = async {
+            loop {
+                let mut change = std::pin::pin!(self.connected.notified());
+                // From here on no change is missed.
+                change.as_mut().enable();
+                if self.streams.lock().contains_key(&id) {
+                    return;
+                }
+                change.await;
+            }
+        };
+        if timeout(CONNECT_TIMEOUT, connected).await.is_err() {
+            return Err(OrderError::NotConnected(id));
+        }
         self.order(id, CATCH_UP_TIMEOUT, Order::CatchUp).await
     }
 
@@ -133,10 +153,20 @@ impl Replicas {
 mod tests {
     use super::*;
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn orders_reach_the_newest_stream_of_a_replica() {
         let replicas = Replicas::default();
         assert_eq!(replicas.catch_up(1).await, Err(OrderError::NotConnected(1)));
+        // One that comes in time is waited for.
+        let (asked, ()) = tokio::join!(replicas.catch_up(1), async {
+            tokio::time::sleep(CONNECT_TIMEOUT / 2).await;
+            let mut stream = replicas.register(Some(1));
+            match stream.orders.recv().await {
+                Some(Order::CatchUp(done)) => done.send(Ok(())).unwrap(),
+                other => panic!("{other:?}"),
+            }
+        });
+        assert_eq!(asked, Ok(()));
         let old = replicas.register(Some(1));
         let mut new = replicas.register(Some(1));
         drop(old);

@@ -17,7 +17,9 @@ pub mod image;
 pub mod net;
 pub mod node;
 pub mod run;
+pub mod service;
 pub mod sql;
+pub mod workload;
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -41,6 +41,8 @@ pub struct Options {
     pub advertise: Option<String>,
     /// The network namespace that it lives in, if not the test's own.
     pub namespace: Option<Arc<Namespace>>,
+    /// `data.compress` is false: what is in its files can be found in them.
+    pub uncompressed: bool,
     /// Further lines at the end of its configuration.
     pub more: String,
 }
@@ -60,6 +62,7 @@ impl Options {
             candidate: true,
             advertise: None,
             namespace: None,
+            uncompressed: false,
             more: String::new(),
         }
     }
@@ -103,11 +106,11 @@ impl Options {
         // A quoted Rust string of such a path is a quoted YAML string.
         format!(
             "fuse:\n  dir: {mount:?}\n\
-             data:\n  dir: {data:?}\n{retention}\
+             data:\n  dir: {data:?}\n  compress: {}\n{retention}\
              http:\n  addr: \"{}\"\n\
              strict-verify: {}\n\
              lease:\n{lease}  reconnect-delay: 100ms\n{}",
-            self.http, self.strict_verify, self.more,
+            !self.uncompressed, self.http, self.strict_verify, self.more,
         )
     }
 }
@@ -305,17 +308,25 @@ impl Node {
         }
     }
 
+    /// The sum over all labels of a metric; 0 when nothing of it was counted yet.
+    pub fn metric_or_0(&self, name: &str) -> f64 {
+        self.samples(name).iter().sum()
+    }
+
     /// The sum over all labels of a metric; panics when it is not shown.
     pub fn metric(&self, name: &str) -> f64 {
+        let samples = self.samples(name);
+        assert!(!samples.is_empty(), "/metrics does not show {name}");
+        samples.iter().sum()
+    }
+
+    fn samples(&self, name: &str) -> Vec<f64> {
         let body = self.http_get("/metrics").expect("/metrics");
-        let samples: Vec<f64> = body
-            .lines()
+        body.lines()
             .filter_map(|line| line.strip_prefix(name))
             .filter(|rest| rest.starts_with(['{', ' ']))
             .filter_map(|rest| rest.rsplit(' ').next()?.parse().ok())
-            .collect();
-        assert!(!samples.is_empty(), "/metrics does not show {name}");
-        samples.iter().sum()
+            .collect()
     }
 }
 

@@ -3,6 +3,7 @@
 //! - It dies with the test process, however that ends: the kernel kills it when the thread that
 //!   started it is gone, and that thread lasts as long as the test process does. (The thread of a
 //!   single test would not do: the service may be shared by several tests.)
+//! - It lives in the network namespace of the thread that asks for its start.
 //! - What it prints goes to a file, of which the end is shown whenever something goes wrong.
 //! - Starting it again gives it the same arguments, and thus the same ports and data.
 
@@ -11,6 +12,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io;
 use std::net::{IpAddr, TcpListener};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -63,15 +65,19 @@ impl Process {
             .stdin(Stdio::null())
             .stderr(log.try_clone()?)
             .stdout(log);
-        // SAFETY: between fork and exec only prctl is called, which is async-signal-safe.
-        unsafe {
-            command.pre_exec(
-                || match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
-                    0 => Ok(()),
-                    _ => Err(io::Error::last_os_error()),
-                },
-            );
-        }
+        let network = own_network()?;
+        let prepare = move || {
+            // SAFETY: takes numbers only; the descriptor is open as long as the closure lives.
+            let done = unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0
+                    && network
+                        .as_ref()
+                        .is_none_or(|n| libc::setns(n.as_raw_fd(), libc::CLONE_NEWNET) == 0)
+            };
+            if done { Ok(()) } else { Err(last_error()) }
+        };
+        // SAFETY: between fork and exec only prctl and setns are called, plain system calls.
+        unsafe { command.pre_exec(prepare) };
         Ok(command)
     }
 
@@ -147,6 +153,15 @@ impl Drop for Process {
             eprintln!("the log of {name} ends:\n{}", self.log_end());
         }
     }
+}
+
+/// The calling thread's network namespace, if it is another than the process's.
+fn own_network() -> io::Result<Option<File>> {
+    let (thread, process) = ("/proc/thread-self/ns/net", "/proc/self/ns/net");
+    if fs::read_link(thread)? == fs::read_link(process)? {
+        return Ok(None);
+    }
+    File::open(thread).map(Some)
 }
 
 fn last_error() -> io::Error {
