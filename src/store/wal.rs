@@ -227,6 +227,10 @@ impl Database {
             if frame.commit != 0 {
                 if let Err(e) = self.capture_wal(st, wal, frame.commit) {
                     st.wal.frames.truncate(index);
+                    // The page stays in the file. Tried again with the same bytes, the commit would
+                    // be complete with the frame's header, and the write of its page be refused:
+                    // what counts as written ends before the frame.
+                    st.wal.written_to = st.wal.written_to.min(at);
                     // Whoever recovers the index goes by the file: no commit may stand there that
                     // was refused.
                     wal.file

@@ -322,8 +322,14 @@ fn after_a_pause_the_positions_are_all_that_was_acknowledged() {
         std::thread::sleep(Duration::from_millis(20));
         assert_eq!(bed.store.positions(), paused, "round {round}");
         for i in 0..4 {
-            let told = base[i] + acknowledged[i].load(Ordering::SeqCst);
-            assert_eq!(paused[&names[i]].txid, told, "{} round {round}", names[i]);
+            let told = || base[i] + acknowledged[i].load(Ordering::SeqCst);
+            let txid = paused[&names[i]].txid;
+            // A thread that was just told may not have counted it yet.
+            let deadline = Instant::now() + Duration::from_secs(10);
+            while told() < txid && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(txid, told(), "{} round {round}", names[i]);
         }
         let sum: u64 = paused.values().map(|p| p.txid).sum();
         assert_eq!(bed.store.transactions(), sum);
