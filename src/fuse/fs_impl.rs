@@ -12,7 +12,7 @@ use std::time::Duration;
 use fuser::*;
 use parking_lot::Mutex;
 
-use crate::store::{Database, DbFile, FileKind, Name, Store, StoreError};
+use crate::store::{Database, DbFile, FileKind, Name, Role, Store, StoreError};
 
 use super::attr::{self, FOR_EVER};
 use super::crew::Crew;
@@ -111,7 +111,7 @@ impl TenureFs {
             // SQLite then takes the database for read-only and says so. The database itself can be
             // opened for writing: a connection of a replica goes on once the node is primary.
             Node::File(f)
-                if writes && f.file.kind == FileKind::Wal && !self.store.is_writable() =>
+                if writes && f.file.kind == FileKind::Wal && self.store.role() != Role::Primary =>
             {
                 Err(Errno::EACCES)
             }

@@ -197,6 +197,18 @@ mod tests {
         );
     }
 
+    #[test]
+    fn what_was_set_aside_is_named() {
+        let event = Event::Divergent {
+            db: "c.db".into(),
+            from: 10,
+            to: 31,
+            path: "/data/divergent/c.db/1795380417814".into(),
+        };
+        let want = "{\"type\":\"divergent\",\"db\":\"c.db\",\"data\":{\"minTXID\":\"000000000000000a\",\"maxTXID\":\"000000000000001f\",\"path\":\"/data/divergent/c.db/1795380417814\"}}\n";
+        assert_eq!(event_line(&event), want);
+    }
+
     #[tokio::test]
     async fn a_reader_that_stalls_is_disconnected() {
         let (events, _) = broadcast::channel(2048);

@@ -76,6 +76,23 @@ pub fn unlock(fd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<()> {
     set_lock(fd, libc::F_UNLCK, start, len)
 }
 
+/// The process that keeps this description from locking the range exclusively, if one does and the
+/// kernel knows it: locks of other open file descriptions have no process.
+pub fn holder(fd: BorrowedFd<'_>, start: u64, len: u64) -> Option<i32> {
+    let mut range = libc::flock {
+        l_type: libc::F_WRLCK as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start.try_into().ok()?,
+        l_len: len.try_into().ok()?,
+        l_pid: 0,
+    };
+    // SAFETY: `fd` is open for as long as it is borrowed, and `range` is a whole `flock` that
+    // outlives the call, which fills it.
+    let r = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut range) };
+    (r == 0 && range.l_type != libc::F_UNLCK as libc::c_short && range.l_pid > 0)
+        .then_some(range.l_pid)
+}
+
 /// As [`try_lock`], but tries again until `deadline` (at least once, and once more at its end),
 /// with pauses from 50 µs doubling up to 2 ms. `Ok(false)`: it was held by others until then.
 ///

@@ -16,6 +16,7 @@ use crate::ltx::Pos;
 use super::database::Database;
 use super::front::Front;
 use super::gate::Gate;
+use super::index::WRITER_WAIT;
 
 /// Settings of a store.
 #[derive(Clone, Debug)]
@@ -243,7 +244,7 @@ fn keeper(context: Weak<Context>, jobs: mpsc::Receiver<Job>) -> impl FnOnce() {
                 Err(_) => return,
             };
             match job {
-                Job::CheckIndex(db) => db.check_index(),
+                Job::CheckIndex(db) => db.check_index(WRITER_WAIT),
                 Job::Checkpoint(db) => db.checkpoint_or_warn(),
                 Job::InvalidateEntries(names) => {
                     let Some(front) = context.upgrade().and_then(|c| c.front()) else {

@@ -102,12 +102,14 @@ pub enum StoreError {
     )]
     Unanswered(String),
     /// A lock that a client holds was not given up in time.
-    #[error("{db}: waited {seconds} s for {lock}")]
+    #[error("{db}: waited {seconds} s for {lock}{holder}")]
     LockTimeout {
         /// The database.
         db: String,
         /// Which of SQLite's locks.
         lock: &'static str,
+        /// Who holds it, as the end of the message; empty if that is not known.
+        holder: String,
         /// How long, in seconds.
         seconds: u64,
     },

@@ -171,7 +171,7 @@ impl Database {
         if st.journal_active {
             return self.hold_back(&mut st, offset, data);
         }
-        if st.wal_mode {
+        if st.wal_mode || st.files.wal.is_some() {
             return self.write_checkpoint(&mut st, offset, data);
         }
         Err(self.refuse("a write to the database without a journal: PRAGMA journal_mode OFF and MEMORY cannot be used here, nor can programs that copy files into the mount"))
@@ -266,11 +266,18 @@ impl Database {
             return Ok(());
         }
         // SQLite cuts off what a transaction left behind, and makes room before a checkpoint.
-        if size < st.committed_size() || size > st.view_size.max(st.committed_size()) {
+        let committed = st.committed_size();
+        let (least, most) = (committed.min(st.view_size), committed.max(st.view_size));
+        if st.files.wal.is_none() && (size < committed || size > most) {
             return Err(self.refuse(format!(
-                "a change of size to {size} bytes outside of a transaction: the database has {}",
-                st.committed_size()
+                "a change of size to {size} bytes outside of a transaction: the database has {committed}"
             )));
+        }
+        // A checkpoint goes by the size of the transaction that it ends with; another one may have
+        // committed since, and changed it. What is committed is never cut off.
+        let size = size.clamp(least, most);
+        if size == st.view_size {
+            return Ok(());
         }
         let file = st.database_file(&self.name)?;
         self.set_file_size(&mut st, &file.file, size)?;

@@ -16,56 +16,65 @@ use super::database::{Database, FileKind};
 use super::error::StoreError;
 use super::shm::SharedIndex;
 
-/// How long to wait for a writer. Whoever comes later asks again.
-const WRITER_WAIT: Duration = Duration::from_secs(2);
+/// How long the keeper waits for a writer. Whoever comes later asks again.
+pub(super) const WRITER_WAIT: Duration = Duration::from_secs(2);
 
 impl Database {
-    /// Invalidates the WAL index if it is behind what is committed.
-    pub(super) fn check_index(self: &Arc<Self>) {
-        if let Err(e) = self.try_check_index() {
+    /// Invalidates the WAL index if it is behind what is committed, waiting this long for a writer.
+    pub(super) fn check_index(self: &Arc<Self>, wait: Duration) {
+        if let Err(e) = self.try_check_index(wait) {
             tracing::warn!(db = self.name, error = %e, "the WAL index could not be checked");
         }
     }
 
-    fn try_check_index(&self) -> Result<(), StoreError> {
+    fn try_check_index(&self, wait: Duration) -> Result<(), StoreError> {
         // One user of the mapping at a time: the replica's applier has its own, kept open.
         let replica = self.replica.lock();
         if replica.shm.is_some() {
             return Ok(());
         }
         let ino = {
-            let st = self.lock();
+            let mut st = self.lock();
             match &st.files.shm {
-                Some(shm) if st.wal.committed > 0 => shm.ino,
-                _ => return Ok(()),
+                Some(shm) if st.wal.committed > 0 || st.wal.stale => shm.ino,
+                // Without an index nobody has a transaction open.
+                _ => {
+                    st.wal.stale = false;
+                    return Ok(());
+                }
             }
         };
         let mut shared = match SharedIndex::open(self, ino) {
             Ok(s) => s,
             // Deleted in the meantime: with it goes what was behind.
-            Err(_) if self.file(FileKind::Shm).is_none_or(|f| f.ino != ino) => return Ok(()),
+            Err(_) if self.file(FileKind::Shm).is_none_or(|f| f.ino != ino) => {
+                self.lock().wal.stale = false;
+                return Ok(());
+            }
             Err(e) => return Err(e),
         };
-        let result = self.roll_forward(&mut shared);
+        let result = self.roll_forward(&mut shared, wait);
         shared.close(self);
         result
     }
 
-    fn roll_forward(&self, shared: &mut SharedIndex) -> Result<(), StoreError> {
-        if !self.is_behind(shared.ensure(self, 1)?) {
+    fn roll_forward(&self, shared: &mut SharedIndex, wait: Duration) -> Result<(), StoreError> {
+        if !self.lock().wal.stale && !self.is_behind(shared.ensure(self, 1)?) {
             return Ok(());
         }
         let fd = shared
             .file
             .try_clone()
             .map_err(StoreError::io("reopen", self.mount_name(FileKind::Shm)))?;
-        let deadline = Instant::now() + WRITER_WAIT;
+        let deadline = Instant::now() + wait;
         let lock = LockGuard::acquire(fd.as_fd(), LockKind::Exclusive, WAL_WRITE_LOCK, 1, deadline)
             .map_err(StoreError::io("lock", self.mount_name(FileKind::Shm)))?;
         // A living writer publishes by itself.
         if lock.is_none() {
             return Ok(());
         }
+        // Whoever writes now has begun since.
+        self.lock().wal.stale = false;
         let index = shared.ensure(self, 1)?;
         if self.is_behind(index) {
             index.invalidate_header();

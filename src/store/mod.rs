@@ -42,6 +42,7 @@ mod records;
 mod recover;
 mod replica;
 mod replica_wal;
+mod role_change;
 mod rollback;
 pub mod segment;
 mod shm;
@@ -64,7 +65,7 @@ pub use records::{Next, Record};
 pub use snapshot::Snapshot;
 pub use super_journal::SuperJournal;
 
-use context::{Context, Job};
+use context::Context;
 
 /// What this node is in its cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,6 +90,8 @@ pub struct Store {
     databases: RwLock<BTreeMap<String, Arc<Database>>>,
     super_journals: Mutex<HashMap<String, Arc<SuperJournal>>>,
     role: RwLock<Role>,
+    /// Held by whoever changes the role: one change at a time.
+    role_change: Mutex<()>,
     cluster_id: RwLock<Option<String>>,
     epoch: epoch::Epoch,
     /// Locked as long as the node lives: two nodes on one directory would destroy it.
@@ -117,6 +120,7 @@ impl Store {
             databases: RwLock::default(),
             super_journals: Mutex::default(),
             role: RwLock::new(Role::Replica { hostname: None }),
+            role_change: Mutex::default(),
             in_step_at: AtomicI64::new(NEVER_IN_STEP),
         };
         store.open_databases(&dbs)?;
@@ -325,45 +329,6 @@ impl Store {
                 Ok(s)
             } else {
                 Err(io::Error::last_os_error())
-            }
-        }
-    }
-
-    /// Changes what this node is: who may write, and what the mount shows.
-    pub fn set_role(&self, role: Role) {
-        let mut current = self.role.write();
-        let old = std::mem::replace(&mut *current, role.clone());
-        let is_primary = role == Role::Primary;
-        self.context.gate.set_primary(is_primary);
-        drop(current);
-        let hostname = match &role {
-            Role::Replica { hostname } => hostname.clone(),
-            Role::Primary => None,
-        };
-        if is_primary {
-            self.databases().iter().for_each(|d| d.release_locks());
-        } else {
-            self.prepare_replicas();
-        }
-        if old == role {
-            return;
-        }
-        let mut names = vec![".primary".to_owned(), ".lag".to_owned()];
-        if (old == Role::Primary) != is_primary {
-            // Modes are others now.
-            names.extend(self.databases().iter().flat_map(|d| d.mount_names()));
-        }
-        self.context.keep(Job::InvalidateEntries(names));
-        self.context.publish(Event::PrimaryChange {
-            is_primary,
-            hostname,
-        });
-    }
-
-    fn prepare_replicas(&self) {
-        for db in self.databases() {
-            if let Err(e) = db.prepare_replica() {
-                tracing::error!(db = db.name(), error = %e, "replica cannot be read in WAL mode");
             }
         }
     }

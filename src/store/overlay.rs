@@ -55,6 +55,11 @@ impl Overlay {
         self.blocks.is_empty()
     }
 
+    /// How many blocks are held.
+    pub fn len(&self) -> u64 {
+        self.blocks.len() as u64
+    }
+
     /// Bytes of a block; it can be set while the overlay is empty.
     pub fn block_size(&self) -> u32 {
         self.block_size

@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -85,7 +85,8 @@ impl ReplicaLocks {
         )
         .map_err(StoreError::io("lock", db.mount_name(FileKind::Database)))?;
         if !locked {
-            return Err(lock_timeout(db, "a shared lock"));
+            let range = (locks::SHARED_FIRST, locks::SHARED_SIZE);
+            return Err(lock_timeout(db, file.as_fd(), range, "a shared lock"));
         }
         if let Some(front) = db.context.front() {
             front.invalidate_entry(&db.mount_name(FileKind::Shm));
@@ -95,11 +96,29 @@ impl ReplicaLocks {
     }
 }
 
-fn lock_timeout(db: &Database, lock: &'static str) -> StoreError {
-    StoreError::LockTimeout {
+/// The error for a lock that was not to be had; who has it is logged, at most once a minute.
+fn lock_timeout(
+    db: &Database,
+    fd: BorrowedFd<'_>,
+    (start, len): (u64, u64),
+    lock: &'static str,
+) -> StoreError {
+    let e = StoreError::LockTimeout {
         db: db.name.clone(),
         lock,
+        holder: locks::holder(fd, start, len).map_or_else(String::new, describe),
         seconds: READER_WAIT.as_secs(),
+    };
+    db.warn_rarely(&e);
+    e
+}
+
+/// For a message: a process, and what it is called.
+fn describe(pid: i32) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    match name.trim_end() {
+        "" => format!(", which process {pid} holds"),
+        name => format!(", which process {pid} ({name}) holds"),
     }
 }
 
@@ -130,7 +149,7 @@ impl<'a> Exclusive<'a> {
             let locked = locks::lock_until(file.as_fd(), LockKind::Exclusive, start, len, deadline)
                 .map_err(StoreError::io("lock", db.mount_name(FileKind::Database)))?;
             if !locked {
-                return Err(lock_timeout(db, name));
+                return Err(lock_timeout(db, file.as_fd(), (start, len), name));
             }
         }
         Ok(exclusive)
@@ -190,7 +209,6 @@ impl Database {
             return self.apply_drop(&captured);
         }
         if !exists {
-            self.append_incoming(incoming, true)?;
             locks.close(self);
             self.apply_new(&captured, incoming)?;
         } else {
@@ -316,13 +334,22 @@ impl Database {
         c: &Captured,
         incoming: &mut Incoming,
     ) -> Result<(), StoreError> {
+        // Before it is logged: after that, a full disk would cost the database.
+        let size = u64::from(c.commit) * u64::from(c.page_size);
+        let reserve = |st: &mut State| {
+            self.remove_files(st)?;
+            self.create_file(st, FileKind::Database)?;
+            self.reserve(st, size)
+        };
+        let made = reserve(&mut self.lock()).and_then(|()| self.append_incoming(incoming, true));
+        if let Err(e) = made {
+            // There was nothing before, and there is nothing now.
+            self.remove_files(&mut self.lock())?;
+            return Err(e);
+        }
         let mut st = self.lock();
-        self.remove_files(&mut st)?;
         st.sums = Default::default();
-        let result = self
-            .create_file(&mut st, FileKind::Database)
-            .and_then(|_| self.write_pages(&mut st, c, incoming));
-        if let Err(e) = result {
+        if let Err(e) = self.write_pages(&mut st, c, incoming) {
             self.set_broken(&mut st, e.to_string());
             return Err(e);
         }
@@ -467,6 +494,20 @@ impl Database {
         Ok(())
     }
 
+    /// The applier's end: a WAL that the database asks for no more goes if nobody uses it, and all
+    /// locks are given up.
+    pub(super) fn settle_as_primary(self: &Arc<Self>) -> Result<(), StoreError> {
+        let mut locks = self.replica.lock();
+        let exists = self.lock().page_count > 0;
+        let settled = if exists {
+            self.settle_mode(&mut locks)
+        } else {
+            Ok(())
+        };
+        locks.close(self);
+        settled
+    }
+
     /// After the role or the mount changed: nothing of the old one is held on to.
     pub(super) fn release_locks(&self) {
         self.replica.lock().close(self);
@@ -489,5 +530,5 @@ pub(super) fn index_lock<'a>(
         Instant::now() + READER_WAIT,
     )
     .map_err(StoreError::io("lock", db.mount_name(FileKind::Shm)))?
-    .ok_or_else(|| lock_timeout(db, name))
+    .ok_or_else(|| lock_timeout(db, file.as_fd(), (start, len), name))
 }

@@ -27,6 +27,10 @@ use super::gate::Pass;
 /// Largest step by which space for the database file is reserved ahead.
 const RESERVE_STEP: u64 = 16 << 20;
 
+/// How many pages a transaction may add to a database without writing them: SQLite leaves free
+/// pages out that were never written, which are as many as fit into its cache.
+const MAX_HOLES: u64 = 1 << 18;
+
 /// Pages with their checksums, ascending.
 type PageList = Vec<(u32, u64)>;
 
@@ -133,9 +137,14 @@ impl Database {
                     ended
                 }),
                 Err(e) => {
-                    // SQLite goes on to roll back with its journal.
+                    // SQLite goes on to roll back with its journal, unless the node has done so by now.
                     st.journal_active = true;
-                    Err(StoreError::io("flush the log of", &db.dir)(e))
+                    let failed = StoreError::io("flush the log of", &db.dir)(e);
+                    if db.context.gate.is_valid() {
+                        Err(failed)
+                    } else {
+                        db.roll_back(&mut st).and(Err(failed))
+                    }
                 }
             };
             drop(st);
@@ -225,6 +234,10 @@ impl Database {
             return Ok(None);
         }
         let shape = self.view_shape(st)?;
+        // What a longer transaction left behind counts too.
+        let left = st.base_size.saturating_sub(st.committed_size());
+        let written = st.overlay.len() * u64::from(st.overlay.block_size()) + left;
+        self.check_sparse(st, (shape.commit, shape.page_size), written)?;
         let same_pages = shape.page_size == st.page_size
             || (st.page_size == 0 && st.overlay.block_size() == shape.page_size);
         let changed = if same_pages {
@@ -268,6 +281,23 @@ impl Database {
             commit,
             wal_mode: h.is_wal(),
         })
+    }
+
+    /// An error if the database would grow by much more than the `written` bytes: every page that
+    /// it grows by costs its part of the log and of memory, and a header can say anything.
+    pub(super) fn check_sparse(
+        &self,
+        st: &State,
+        shape: (u32, u32),
+        written: u64,
+    ) -> Result<(), StoreError> {
+        let (commit, page_size) = (u64::from(shape.0), u64::from(shape.1));
+        if commit * page_size <= st.committed_size() + written + MAX_HOLES * page_size {
+            return Ok(());
+        }
+        Err(self.refuse(format!(
+            "a transaction that makes the database {commit} pages of {page_size} bytes, and writes {written} bytes"
+        )))
     }
 
     fn changed_pages(&self, st: &State, shape: Shape) -> Result<PageList, StoreError> {

@@ -44,6 +44,7 @@ impl SharedIndex {
             return Err(StoreError::LockTimeout {
                 db: db.name.clone(),
                 lock: "the WAL index's DMS lock",
+                holder: String::new(),
                 seconds: DMS_WAIT.as_secs(),
             });
         }
@@ -53,8 +54,14 @@ impl SharedIndex {
             index: WalIndex::new(),
             maps: Vec::new(),
         };
-        shared.ensure(db, 1)?;
-        Ok(shared)
+        match shared.ensure(db, 1).map(|_| ()) {
+            Ok(()) => Ok(shared),
+            Err(e) => {
+                // Else clients could never truncate the file again.
+                shared.close(db);
+                Err(e)
+            }
+        }
     }
 
     /// Maps at least this many regions, and returns the index.

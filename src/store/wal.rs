@@ -56,6 +56,9 @@ pub(super) struct WalCapture {
     pub written_to: u64,
     /// How many frames this node's own checkpoints have copied (on a replica).
     pub backfilled: usize,
+    /// A transaction may be open that was begun before this node last stopped being primary: it may
+    /// write nothing. The index check ends this once it has had the WRITE lock.
+    pub stale: bool,
 }
 
 impl WalCapture {
@@ -118,7 +121,10 @@ impl WalCapture {
     }
 
     pub fn reset(&mut self) {
-        *self = WalCapture::default();
+        *self = WalCapture {
+            stale: self.stale,
+            ..WalCapture::default()
+        };
     }
 }
 
@@ -131,6 +137,10 @@ impl Database {
         data: &[u8],
     ) -> Result<bool, StoreError> {
         self.check_writable(st)?;
+        if st.wal.stale {
+            self.context.keep(Job::CheckIndex(self.clone()));
+            return Err(self.refuse("a write to the WAL by a transaction that was begun before this node became primary: it succeeds when it is tried again"));
+        }
         if st.files.shm.is_none() {
             return Err(self.refuse("a write to the WAL without a WAL index: PRAGMA locking_mode=EXCLUSIVE cannot be used in WAL mode here, set it back to NORMAL"));
         }
@@ -217,6 +227,10 @@ impl Database {
             if frame.commit != 0 {
                 if let Err(e) = self.capture_wal(st, wal, frame.commit) {
                     st.wal.frames.truncate(index);
+                    // The page stays in the file. Tried again with the same bytes, the commit would
+                    // be complete with the frame's header, and the write of its page be refused:
+                    // what counts as written ends before the frame.
+                    st.wal.written_to = st.wal.written_to.min(at);
                     // Whoever recovers the index goes by the file: no commit may stand there that
                     // was refused.
                     wal.file
@@ -239,6 +253,8 @@ impl Database {
         let header = st.wal.header.expect("the scan has one");
         let (start, end) = (st.wal.committed, st.wal.frames.len());
         let pages = newest_frames(&st.wal.frames, start, commit);
+        let written = pages.len() as u64 * u64::from(header.page_size);
+        self.check_sparse(st, (commit, header.page_size), written)?;
         let holes = self.fill_holes(st, &pages, commit)?;
         let lock_page = ltx::lock_pgno(header.page_size);
         let mut changed: Vec<(u32, u64)> = pages

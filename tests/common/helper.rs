@@ -55,6 +55,7 @@ pub fn main() {
             let settings = std::fs::read_to_string(path(INPUT)).expect("read the settings");
             writer(&path(DATABASE), &settings, &output);
         }
+        "session" => session(&path(DATABASE), &output),
         other => panic!("unknown task {other}"),
     }
 }
@@ -147,6 +148,69 @@ fn message(error: &rusqlite::Error) -> String {
         rusqlite::Error::SqliteFailure(_, Some(text)) => text.clone(),
         rusqlite::Error::SqlInputError { msg, .. } => msg.clone(),
         other => other.to_string(),
+    }
+}
+
+/// A connection in a process of its own that runs one statement after another.
+pub struct Session {
+    process: Running,
+    output: PathBuf,
+    read: usize,
+}
+
+impl Session {
+    /// Opens the database; files go to `dir`.
+    pub fn open(database: &Path, dir: &Path) -> Session {
+        let (mut command, output) = start("session", database, dir, "");
+        let child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("start the session");
+        Session {
+            process: Running(child),
+            output,
+            read: 0,
+        }
+    }
+
+    /// Runs a statement of one line; its rows, or the text of its error.
+    pub fn run(&mut self, sql: &str) -> Result<String, String> {
+        assert!(!sql.contains('\n'), "one line: {sql}");
+        let input = self.process.0.stdin.as_mut().expect("a pipe");
+        writeln!(input, "{sql}").expect("tell the session");
+        let deadline = std::time::Instant::now() + Duration::from_secs(60);
+        loop {
+            let text = std::fs::read_to_string(&self.output).expect("read the output");
+            let text = &text[self.read..];
+            // The answer's last line is a full stop.
+            let whole = text
+                .strip_suffix(".\n")
+                .filter(|t| t.is_empty() || t.ends_with('\n'));
+            if let Some(answer) = whole {
+                self.read += text.len();
+                return match answer.strip_prefix("error: ") {
+                    Some(e) => Err(e.trim_end().to_string()),
+                    None => Ok(answer.trim_end().to_string()),
+                };
+            }
+            assert!(std::time::Instant::now() < deadline, "no answer: {sql}");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+fn session(database: &Path, mut output: &File) {
+    let db = open(database);
+    for line in std::io::stdin().lines() {
+        let line = line.expect("a line");
+        let mut text = String::new();
+        if let Err(e) = statement(&db, &line, &mut text) {
+            text = format!("error: {}\n", message(&e));
+        }
+        text += ".\n";
+        output.write_all(text.as_bytes()).expect("write the output");
     }
 }
 

@@ -3,10 +3,12 @@
 
 mod bed;
 mod capture;
+mod divergent;
 mod log;
 mod log_damage;
 mod receive;
 mod recovery;
+mod roles;
 mod snapshots;
 mod sums;
 mod vfs;

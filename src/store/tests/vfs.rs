@@ -17,7 +17,7 @@ use rusqlite::ffi;
 
 use crate::sqlite::locks::{self, LockKind};
 use crate::sqlite::wal_index::REGION_SIZE;
-use crate::store::{Database, DbFile, Done, FileKind, Name, Store, StoreError, SuperJournal};
+use crate::store::{Database, DbFile, Done, FileKind, Name, Role, Store, StoreError, SuperJournal};
 
 /// How long an operation may take to be answered.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -242,7 +242,7 @@ unsafe extern "C" fn x_open(
     } else {
         let name = file_name(name);
         let wal = matches!(Name::parse(name), Name::File(FileKind::Wal, _));
-        if wal && !shared.store.is_writable() {
+        if wal && shared.store.role() != Role::Primary {
             // As the mount answers, and SQLite's "unix" VFS goes on from there.
             flags = flags & !ffi::SQLITE_OPEN_READWRITE | ffi::SQLITE_OPEN_READONLY;
         }
