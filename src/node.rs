@@ -1,7 +1,8 @@
 //! A node: builds its parts out of a configuration, and starts and stops them in order. The one
 //! place that knows every part, and the only one that knows which lease backends there are.
 //!
-//! Start: HTTP listener, data directory (recovered), mount, role, and then answers on HTTP. Stop: role (no more writes),
+//! Start: listeners, data directory (recovered), mount, role, and then answers on HTTP and the proxy.
+//! Stop: the proxy (no more requests of clients), role (no more writes),
 //! streams and HTTP, databases (everything in place and saved), and the mount last, lazily, so
 //! that open files never keep a node from ending.
 
@@ -20,6 +21,7 @@ use crate::config::{Config, LeaseKind};
 use crate::fuse::{Mount, MountError, MountOptions};
 use crate::http::api::Api;
 use crate::http::server::{Server, ServerError};
+use crate::proxy::{self, Proxy};
 use crate::role::{self, RoleConfig, RoleError, Status};
 use crate::store::{Options as StoreOptions, Store, StoreError};
 use crate::stream::stats::Stats;
@@ -102,6 +104,7 @@ struct Node {
     shutdown: watch::Sender<bool>,
     role: JoinHandle<Result<(), RoleError>>,
     http: JoinHandle<()>,
+    proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
 }
 
@@ -110,6 +113,7 @@ impl Node {
         let leaser = leaser(config)?;
         let server = Server::bind(&config.http.addr).await?;
         let addr = server.local_addr();
+        let proxy = Proxy::bind(&config.proxy).await?;
         let store_options = StoreOptions {
             data_dir: config.data.dir.clone(),
             compress: config.data.compress,
@@ -151,11 +155,17 @@ impl Node {
             stop.clone(),
         ));
         // Whoever gets an answer finds a node that knows what it is, and a primary that can write.
-        let mut decided = status;
+        let mut decided = status.clone();
         let known = decided.wait_for(|s| s.is_primary || s.primary.is_some());
         // A replica without a primary serves reads, and says so.
         let _ = timeout(ROLE_WAIT, known).await;
         let http = tokio::spawn(server.serve(api));
+        let proxy = proxy.map(|proxy| {
+            proxy.serve(proxy::Node {
+                store: store.clone(),
+                status,
+            })
+        });
         let retention = tokio::spawn(retention(
             store.clone(),
             config.data.retention_monitor_interval,
@@ -168,11 +178,15 @@ impl Node {
             shutdown,
             role,
             http,
+            proxy,
             retention,
         })
     }
 
     async fn stop(mut self) {
+        if let Some(proxy) = self.proxy.take() {
+            proxy.stop().await;
+        }
         self.shutdown.send_replace(true);
         for (name, handle) in [
             ("the HTTP server", self.http),
