@@ -7,6 +7,7 @@ pub mod fuse;
 pub mod http;
 pub mod ltx;
 pub mod node;
+pub mod proxy;
 pub mod role;
 pub mod sqlite;
 pub mod store;

@@ -1,7 +1,8 @@
 //! A node: builds its parts out of a configuration, and starts and stops them in order. The one
 //! place that knows every part; [`backend`] alone knows which lease backends there are.
 //!
-//! Start: HTTP listener, data directory (recovered), mount, role, and then answers on HTTP. Stop: role (no more writes),
+//! Start: listeners, data directory (recovered), mount, role, and then answers on HTTP and the proxy.
+//! Stop: the proxy (no more requests of clients), role (no more writes),
 //! streams and HTTP, databases (everything in place and saved), and the mount last, lazily, so
 //! that open files never keep a node from ending.
 
@@ -21,6 +22,7 @@ use crate::config::{Config, LeaseKind};
 use crate::fuse::{Mount, MountError, MountOptions};
 use crate::http::api::Api;
 use crate::http::server::{Server, ServerError};
+use crate::proxy::{self, Proxy};
 use crate::role::{self, Parts, Promoter, RoleConfig, RoleError, Status};
 use crate::store::{Options as StoreOptions, Store, StoreError};
 use crate::stream::replicas::Replicas;
@@ -104,6 +106,7 @@ struct Node {
     shutdown: watch::Sender<bool>,
     role: JoinHandle<Result<(), RoleError>>,
     http: JoinHandle<()>,
+    proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
 }
 
@@ -112,6 +115,7 @@ impl Node {
         let leaser = backend::leaser(config)?;
         let server = Server::bind(&config.http.addr).await?;
         let addr = server.local_addr();
+        let proxy = Proxy::bind(&config.proxy).await?;
         let store_options = StoreOptions {
             data_dir: config.data.dir.clone(),
             compress: config.data.compress,
@@ -163,11 +167,17 @@ impl Node {
         };
         let role = tokio::spawn(role::run(parts, role_config, stop.clone()));
         // Whoever gets an answer finds a node that knows what it is, and a primary that can write.
-        let mut decided = status;
+        let mut decided = status.clone();
         let known = decided.wait_for(|s| s.is_primary || s.primary.is_some());
         // A replica without a primary serves reads, and says so.
         let _ = timeout(ROLE_WAIT, known).await;
         let http = tokio::spawn(server.serve(api));
+        let proxy = proxy.map(|proxy| {
+            proxy.serve(proxy::Node {
+                store: store.clone(),
+                status,
+            })
+        });
         let retention = tokio::spawn(retention(
             store.clone(),
             config.data.retention_monitor_interval,
@@ -180,11 +190,15 @@ impl Node {
             shutdown,
             role,
             http,
+            proxy,
             retention,
         })
     }
 
     async fn stop(mut self) {
+        if let Some(proxy) = self.proxy.take() {
+            proxy.stop().await;
+        }
         self.shutdown.send_replace(true);
         for (name, handle) in [
             ("the HTTP server", self.http),

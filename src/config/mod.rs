@@ -20,7 +20,8 @@ mod yaml;
 
 pub use model::{
     BackupConfig, Config, ConsulConfig, DataConfig, EtcdConfig, ExecConfig, FuseConfig, HttpConfig,
-    LeaseConfig, LeaseKind, LogConfig, LogFormat, ProxyConfig, Secret, TlsConfig, TracingConfig,
+    LeaseConfig, LeaseKind, LogConfig, LogFormat, ProxyConfig, ProxyForward, Secret, TlsConfig,
+    TracingConfig,
 };
 pub use validate::split_addr;
 
@@ -136,11 +137,6 @@ impl Config {
         let https = self.lease.advertise_url.starts_with("https:");
         let feature = https
             .then_some("TLS (https in lease.advertise-url)")
-            .or(self
-                .proxy
-                .target
-                .as_ref()
-                .map(|_| "the proxy (proxy.target)"))
             .or(self.backup.as_ref().map(|_| "backup"))
             .or((!self.exec.is_empty()).then_some("exec"))
             .or(self

@@ -83,6 +83,17 @@ pub struct HttpConfig {
     pub snapshot_timeout: Duration,
 }
 
+/// How a replica's proxy passes a write on to the primary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyForward {
+    /// `fly-replay`: an empty answer that has Fly.io's own proxy send the request to the primary.
+    FlyReplay,
+    /// `proxy`: this node sends the request to the primary's proxy and brings the answer back.
+    Proxy,
+    /// `redirect`: a 307 has the client itself send the request to the primary's proxy.
+    Redirect,
+}
+
 /// `proxy`: the HTTP proxy in front of the application; it runs if `target` is set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyConfig {
@@ -98,6 +109,8 @@ pub struct ProxyConfig {
     pub passthrough: Vec<String>,
     /// Paths that are treated as writes whatever their method.
     pub always_forward: Vec<String>,
+    /// How a replica passes writes on to the primary. Default fly-replay. LiteFS does not have it.
+    pub forward: ProxyForward,
     /// How long a write waits for a primary to be known. Default 5 s.
     pub primary_redirect_timeout: Duration,
     /// How long reading a request may take; 0: no limit (the default).
@@ -307,6 +320,7 @@ impl Default for ProxyConfig {
             max_lag: Duration::from_secs(10),
             passthrough: Vec::new(),
             always_forward: Vec::new(),
+            forward: ProxyForward::FlyReplay,
             primary_redirect_timeout: Duration::from_secs(5),
             read_timeout: Duration::ZERO,
             read_header_timeout: Duration::from_secs(10),

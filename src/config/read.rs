@@ -104,6 +104,7 @@ fn proxy(mut s: Section, c: &mut ProxyConfig) -> Result<()> {
     s.set("max-lag", &mut c.max_lag)?;
     s.set("passthrough", &mut c.passthrough)?;
     s.set("always-forward", &mut c.always_forward)?;
+    s.set("forward", &mut c.forward)?;
     s.set("primary-redirect-timeout", &mut c.primary_redirect_timeout)?;
     s.set("read-timeout", &mut c.read_timeout)?;
     s.set("read-header-timeout", &mut c.read_header_timeout)?;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::model::{LeaseKind, LogFormat, Secret};
+use super::model::{LeaseKind, LogFormat, ProxyForward, Secret};
 use super::yaml::{Key, Node, Value};
 use super::{ConfigError, duration};
 
@@ -199,6 +199,19 @@ impl FromNode for LogFormat {
             "text" => Ok(Self::Text),
             "json" => Ok(Self::Json),
             other => Err(format!("must be text or json, not \"{other}\"")),
+        }
+    }
+}
+
+impl FromNode for ProxyForward {
+    fn from_node(node: &Node) -> Result<Self, String> {
+        match text(node)? {
+            "fly-replay" => Ok(Self::FlyReplay),
+            "proxy" => Ok(Self::Proxy),
+            "redirect" => Ok(Self::Redirect),
+            other => Err(format!(
+                "must be fly-replay, proxy or redirect, not \"{other}\""
+            )),
         }
     }
 }

@@ -45,6 +45,7 @@ fn an_empty_file_is_a_single_static_primary() {
         (c.proxy.max_lag, c.proxy.idle_timeout),
         (secs(10), secs(30))
     );
+    assert_eq!(c.proxy.forward, ProxyForward::FlyReplay);
     assert_eq!((c.tracing.max_size, c.tracing.max_count), (64, 8));
     assert_eq!(c.unsupported(), None);
 }
@@ -70,6 +71,7 @@ proxy:
   max-lag: 1s
   passthrough: ['/static/*']
   always-forward: ['/w']
+  forward: proxy
   primary-redirect-timeout: 2s
   read-timeout: 3s
   read-header-timeout: 4s
@@ -135,6 +137,7 @@ tracing: {enabled: false, path: /t, max-size: 1, max-count: 2, compress: false}
             max_lag: secs(1),
             passthrough: vec!["/static/*".into()],
             always_forward: vec!["/w".into()],
+            forward: ProxyForward::Proxy,
             primary_redirect_timeout: secs(2),
             read_timeout: secs(3),
             read_header_timeout: secs(4),
@@ -279,6 +282,18 @@ fn mistakes_are_named_with_file_line_and_key() {
             "proxy.target: must be HOST:PORT",
         ),
         (
+            "proxy: {target: 'a:0', addr: ':1', db: d}",
+            "proxy.target: must name the port",
+        ),
+        (
+            "proxy: {target: 'a:1', addr: ':0', db: d, forward: redirect}",
+            "proxy.addr: must name a port",
+        ),
+        (
+            "proxy: {forward: replay}",
+            "t.yml:1: proxy.forward: must be fly-replay, proxy or redirect, not \"replay\"",
+        ),
+        (
             "proxy: {passthrough: '/x'}",
             "proxy.passthrough: must be a list",
         ),
@@ -363,7 +378,6 @@ fn what_is_not_built_yet_is_said() {
             "lease: {type: static, candidate: false, advertise-url: 'https://p:1'}",
             "TLS",
         ),
-        ("proxy: {target: 'a:1', addr: ':1', db: d}", "proxy"),
         ("backup: {type: file, path: /b}", "backup"),
         ("exec: x", "exec"),
         ("tracing: {path: /t}", "tracing.path"),

@@ -5,7 +5,9 @@ use std::time::Duration;
 use std::{fs, io};
 
 use super::ConfigError;
-use super::model::{Config, ConsulConfig, EtcdConfig, LeaseKind, ProxyConfig, TlsConfig};
+use super::model::{
+    Config, ConsulConfig, EtcdConfig, LeaseKind, ProxyConfig, ProxyForward, TlsConfig,
+};
 use super::section::Source;
 
 type Result<T> = std::result::Result<T, ConfigError>;
@@ -100,8 +102,20 @@ fn proxy(c: &ProxyConfig, source: &Source) -> Result<()> {
     if c.target.is_none() {
         return Ok(());
     }
-    if c.addr.is_none() {
+    let Some(addr) = &c.addr else {
         return Err(source.invalid("proxy.addr", "is missing: where the proxy listens"));
+    };
+    if c.forward != ProxyForward::FlyReplay && split_addr(addr).is_some_and(|(_, port)| port == 0) {
+        let problem = "must name a port: the primary's proxy is looked for on the same one";
+        return Err(source.invalid("proxy.addr", problem));
+    }
+    if c.target
+        .as_deref()
+        .and_then(split_addr)
+        .is_some_and(|(_, port)| port == 0)
+    {
+        let problem = "must name the port that the application listens on";
+        return Err(source.invalid("proxy.target", problem));
     }
     if c.db.as_deref().unwrap_or("").is_empty() {
         let problem = "is missing: the database whose position the clients' cookies carry";

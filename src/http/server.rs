@@ -30,6 +30,7 @@ use tower_service::Service;
 use tracing::{debug, warn};
 use warp::reply::Response;
 
+use crate::config::split_addr;
 use crate::stream::{CLUSTER_ID_HEADER, NODE_ID_HEADER, format_node_id};
 
 use super::api::{self, Api};
@@ -49,23 +50,54 @@ const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// The most bytes of a request's head over HTTP/1; the default of HTTP/2 is 16 KiB.
 const MAX_HEAD: usize = 64 << 10;
 
-/// Why the server does not listen.
+/// Why a server does not listen. Each names the key of the configuration that has the address.
 #[derive(Debug, thiserror::Error)]
 pub enum ServerError {
     /// Something else listens there.
-    #[error("http.addr {0}: the port is in use by another process: stop it or choose another port")]
-    Busy(String),
+    #[error("{0} {1}: the port is in use by another process: stop it or choose another port")]
+    Busy(&'static str, String),
     /// The address is none.
-    #[error("http.addr {0:?} is no address: write HOST:PORT, or :PORT for all interfaces")]
-    Address(String),
+    #[error("{0} {1:?} is no address: write HOST:PORT, or :PORT for all interfaces")]
+    Address(&'static str, String),
     /// The system refuses.
-    #[error("cannot listen on http.addr {addr}: {source}")]
+    #[error("cannot listen on {key} {addr}: {source}")]
     Listen {
+        /// The configuration's key.
+        key: &'static str,
         /// The address of the configuration.
         addr: String,
         /// What the system says.
         source: io::Error,
     },
+}
+
+/// Listens on `addr`, the value of `key`: `HOST:PORT`, or `:PORT` for all interfaces; port 0 lets the
+/// system choose.
+///
+/// # Errors
+/// When `addr` is no address, somebody listens there already, or the system refuses.
+pub async fn listen(key: &'static str, addr: &str) -> Result<TcpListener, ServerError> {
+    let (host, port) =
+        split_addr(addr).ok_or_else(|| ServerError::Address(key, addr.to_owned()))?;
+    let bound = if host.is_empty() {
+        match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
+            // A system without IPv6.
+            Err(e) if e.kind() != io::ErrorKind::AddrInUse => {
+                TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
+            }
+            bound => bound,
+        }
+    } else {
+        TcpListener::bind((host, port)).await
+    };
+    bound.map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => ServerError::Busy(key, addr.to_owned()),
+        _ => ServerError::Listen {
+            key,
+            addr: addr.to_owned(),
+            source,
+        },
+    })
 }
 
 /// A server that listens and does not answer yet.
@@ -76,34 +108,17 @@ pub struct Server {
 }
 
 impl Server {
-    /// Listens on `addr`: `HOST:PORT`, or `:PORT` for all interfaces; port 0 lets the system choose.
+    /// Listens on `http.addr`; see [`listen`].
     pub async fn bind(addr: &str) -> Result<Server, ServerError> {
-        let (host, port) = addr
-            .rsplit_once(':')
-            .ok_or_else(|| ServerError::Address(addr.to_owned()))?;
-        let port: u16 = port
-            .parse()
-            .map_err(|_| ServerError::Address(addr.to_owned()))?;
-        let bound = if host.is_empty() {
-            match TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)).await {
-                // A system without IPv6.
-                Err(e) if e.kind() != io::ErrorKind::AddrInUse => {
-                    TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).await
-                }
-                bound => bound,
-            }
-        } else {
-            TcpListener::bind((host.trim_matches(['[', ']']), port)).await
-        };
-        let failed = |source: io::Error| match source.kind() {
-            io::ErrorKind::AddrInUse => ServerError::Busy(addr.to_owned()),
-            _ => ServerError::Listen {
+        const KEY: &str = "http.addr";
+        let listener = listen(KEY, addr).await?;
+        let addr = listener
+            .local_addr()
+            .map_err(|source| ServerError::Listen {
+                key: KEY,
                 addr: addr.to_owned(),
                 source,
-            },
-        };
-        let listener = bound.map_err(failed)?;
-        let addr = listener.local_addr().map_err(failed)?;
+            })?;
         Ok(Server { listener, addr })
     }
 

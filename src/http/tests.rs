@@ -545,11 +545,14 @@ async fn addresses_that_cannot_be_listened_on() {
     let node = TestNode::primary().await;
     let addr = node.url.strip_prefix("http://").unwrap();
     let error = Server::bind(addr).await.unwrap_err();
-    assert!(matches!(error, ServerError::Busy(_)));
+    assert!(matches!(error, ServerError::Busy("http.addr", _)));
     assert!(error.to_string().contains(addr), "{error}");
     for bad in ["", "20202", "127.0.0.1", "127.0.0.1:x", ":70000"] {
         assert!(
-            matches!(Server::bind(bad).await, Err(ServerError::Address(_))),
+            matches!(
+                Server::bind(bad).await,
+                Err(ServerError::Address("http.addr", _))
+            ),
             "{bad}"
         );
     }

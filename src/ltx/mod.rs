@@ -32,7 +32,7 @@ pub use decoder::{Decoder, Summary, verify};
 pub use encoder::Encoder;
 pub use error::LtxError;
 pub use header::{HEADER_SIZE, Header, PAGE_HEADER_SIZE, TRAILER_SIZE, Trailer};
-pub use pos::{ParsePosError, Pos, file_name, parse_file_name};
+pub use pos::{ParsePosError, Pos, file_name, parse_file_name, parse_txid};
 
 /// The byte of a database file that SQLite's locks begin at.
 const LOCK_BYTE: u32 = 0x4000_0000;

@@ -39,7 +39,7 @@ impl FromStr for Pos {
     /// Reads exactly the 33 characters that [`Pos`] displays as; hex digits of either case.
     fn from_str(s: &str) -> Result<Self, ParsePosError> {
         let (txid, checksum) = s.split_once('/').ok_or(ParsePosError)?;
-        match (parse_hex16(txid), parse_hex16(checksum)) {
+        match (parse_txid(txid), parse_txid(checksum)) {
             (Some(txid), Some(checksum)) => Ok(Pos { txid, checksum }),
             _ => Err(ParsePosError),
         }
@@ -59,11 +59,11 @@ pub fn parse_file_name(name: &str) -> Option<(u64, u64)> {
     if name.bytes().any(|b| b.is_ascii_uppercase()) {
         return None;
     }
-    Some((parse_hex16(min)?, parse_hex16(max)?))
+    Some((parse_txid(min)?, parse_txid(max)?))
 }
 
-/// Exactly 16 hex digits (`from_str_radix` alone would take a sign).
-fn parse_hex16(s: &str) -> Option<u64> {
+/// Reads a TXID: exactly 16 hex digits of either case (`from_str_radix` alone would take a sign).
+pub fn parse_txid(s: &str) -> Option<u64> {
     if s.len() != 16 || !s.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }

@@ -352,6 +352,11 @@ impl Database {
         self.published.lock().pos
     }
 
+    /// The position that the newest commit has led to; its flush may be still to come.
+    pub fn captured_pos(&self) -> Pos {
+        self.lock().pos
+    }
+
     /// Bytes of a page, 0 before the first transaction.
     pub fn page_size(&self) -> u32 {
         self.published.lock().page_size

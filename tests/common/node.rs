@@ -31,6 +31,8 @@ pub struct Options {
     pub retention: Option<&'static str>,
     /// `strict-verify`: the node recomputes the checksum after each transaction.
     pub strict_verify: bool,
+    /// More of the configuration file: whole sections.
+    pub more_yaml: String,
     /// Environment variables of its process, besides the test's own.
     pub environment: Vec<(&'static str, &'static str)>,
     /// With a lease service: the lines of `lease` that say which; else the lease is static.
@@ -43,8 +45,6 @@ pub struct Options {
     pub namespace: Option<Arc<Namespace>>,
     /// `data.compress` is false: what is in its files can be found in them.
     pub uncompressed: bool,
-    /// Further lines at the end of its configuration.
-    pub more: String,
 }
 
 impl Options {
@@ -57,13 +57,13 @@ impl Options {
             http,
             retention: None,
             strict_verify: false,
+            more_yaml: String::new(),
             environment: Vec::new(),
             service: None,
             candidate: true,
             advertise: None,
             namespace: None,
             uncompressed: false,
-            more: String::new(),
         }
     }
 
@@ -110,7 +110,7 @@ impl Options {
              http:\n  addr: \"{}\"\n\
              strict-verify: {}\n\
              lease:\n{lease}  reconnect-delay: 100ms\n{}",
-            !self.uncompressed, self.http, self.strict_verify, self.more,
+            !self.uncompressed, self.http, self.strict_verify, self.more_yaml,
         )
     }
 }
@@ -255,6 +255,16 @@ impl Node {
         let pid = process.0.id() as i32;
         let mut members = self.members.lock().expect("not poisoned");
         members.retain(|(id, _)| *id != pid);
+    }
+
+    /// The most memory that its process has had at a time, in bytes.
+    pub fn peak_memory(&self) -> u64 {
+        let process = self.process.as_ref().expect("a running node");
+        let path = format!("/proc/{}/status", process.0.id());
+        let status = std::fs::read_to_string(path).expect("the state of the process");
+        let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|l| l.trim().strip_suffix(" kB"));
+        1024 * kib.expect("VmHWM").parse::<u64>().expect("a number")
     }
 
     /// Whether its process is there and its mount is in the kernel's list.
