@@ -159,6 +159,8 @@ pub(super) struct State {
     pub journal_active: bool,
     /// A transaction of a rollback mode is logged and not yet in the state: nothing may change it.
     pub committing: bool,
+    /// An import stands between the reading of the state and its change: applications may not.
+    pub importing: bool,
     pub wal: WalCapture,
     pub snapshots: Vec<Weak<Mutex<Preserved>>>,
     /// What the checksum file says.
@@ -184,6 +186,7 @@ impl State {
             overlay: Overlay::new(dir),
             journal_active: false,
             committing: false,
+            importing: false,
             wal: WalCapture::default(),
             snapshots: Vec::new(),
             saved: SumsHeader::default(),

@@ -27,7 +27,7 @@ use super::shm::SharedIndex;
 use super::sums::SumsHeader;
 
 /// How long an apply waits for readers, holding new ones up, before it gives up for this time.
-const READER_WAIT: Duration = Duration::from_secs(10);
+pub(super) const READER_WAIT: Duration = Duration::from_secs(10);
 /// Up to this many pages are invalidated one by one, more at once.
 const SINGLE_INVALIDATIONS: usize = 64;
 
@@ -49,7 +49,7 @@ impl ReplicaLocks {
     }
 
     /// The database file in the mount.
-    fn database(&mut self, db: &Database, ino: u64) -> Result<&File, StoreError> {
+    pub fn database(&mut self, db: &Database, ino: u64) -> Result<&File, StoreError> {
         if self.database.as_ref().is_none_or(|(i, _)| *i != ino) {
             self.close(db);
             let file = db
@@ -95,7 +95,7 @@ impl ReplicaLocks {
     }
 }
 
-fn lock_timeout(db: &Database, lock: &'static str) -> StoreError {
+pub(super) fn lock_timeout(db: &Database, lock: &'static str) -> StoreError {
     StoreError::LockTimeout {
         db: db.name.clone(),
         lock,
@@ -104,14 +104,14 @@ fn lock_timeout(db: &Database, lock: &'static str) -> StoreError {
 }
 
 /// SQLite's exclusive lock on the database file, PENDING first so that new readers wait.
-struct Exclusive<'a> {
+pub(super) struct Exclusive<'a> {
     file: &'a File,
     /// What to leave behind: a connection in WAL mode keeps its shared lock.
     keep_shared: bool,
 }
 
 impl<'a> Exclusive<'a> {
-    fn acquire(
+    pub fn acquire(
         db: &Database,
         file: &'a File,
         deadline: Instant,
@@ -194,10 +194,10 @@ impl Database {
             locks.close(self);
             self.apply_new(&captured, incoming)?;
         } else {
-            if has_wal && page_size != captured.page_size {
-                self.leave_wal(locks, ino, Instant::now() + READER_WAIT)?;
-            }
-            if has_wal && page_size == captured.page_size {
+            // Pages of another size: the WAL goes if nobody uses it, else it starts over with them.
+            let keeps_wal =
+                has_wal && (page_size == captured.page_size || !self.try_leave_wal(locks, ino)?);
+            if keeps_wal {
                 self.apply_to_wal(locks, ino, &captured, incoming)?;
             } else {
                 self.apply_in_place(locks, ino, &captured, incoming)?;
@@ -220,12 +220,22 @@ impl Database {
             self.ensure_wal()?;
         } else if !wal_mode && has_wal {
             // While a connection is open in WAL mode it stays; the next transaction tries again.
-            match self.leave_wal(locks, ino, Instant::now()) {
-                Err(StoreError::LockTimeout { .. }) | Ok(()) => {}
-                Err(e) => return Err(e),
-            }
+            self.try_leave_wal(locks, ino)?;
         }
         Ok(())
+    }
+
+    /// Gives the WAL up if no connection has the database open in WAL mode; whether it did.
+    pub(super) fn try_leave_wal(
+        self: &Arc<Self>,
+        locks: &mut ReplicaLocks,
+        ino: u64,
+    ) -> Result<bool, StoreError> {
+        match self.leave_wal(locks, ino, Instant::now()) {
+            Ok(()) => Ok(true),
+            Err(StoreError::LockTimeout { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// A replica's database in WAL mode always has a WAL: readers cannot create one there.
@@ -333,7 +343,8 @@ impl Database {
         Ok(())
     }
 
-    fn apply_in_place(
+    /// Writes the pages into the database file, under SQLite's exclusive lock.
+    pub(super) fn apply_in_place(
         self: &Arc<Self>,
         locks: &mut ReplicaLocks,
         ino: u64,
