@@ -1,7 +1,7 @@
 //! The paths of the API and what they answer.
 //!
 //! Every request is one of: `GET /info`, `GET /events`, `GET /metrics`, `GET /debug/vars`,
-//! `POST /stream`. Another method on one of these paths is 405, another path 404, and every error is a
+//! `POST /stream`, `GET /export`, `POST /import`. Another method on one of these paths is 405, another path 404, and every error is a
 //! text of one line. What a request carries is bounded and checked before it is used.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,7 +29,7 @@ use crate::stream::stats::Stats;
 use crate::stream::{CLUSTER_ID_HEADER, NODE_ID_HEADER, parse_node_id};
 
 use super::server::{Connection, Version};
-use super::{body, events, metrics};
+use super::{body, events, metrics, transfer};
 
 /// How long a peer may take to send a request's body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -59,7 +59,7 @@ pub struct Api {
 
 impl Api {
     /// Resolves when the node stops.
-    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+    pub(super) fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut shutdown = self.shutdown.clone();
         async move {
             let _ = shutdown.wait_for(|stop| *stop).await;
@@ -115,7 +115,26 @@ pub(super) fn routes(
         .and(warp::body::stream())
         .then(post_stream);
     let gets = info.or(vars).unify().or(numbers).unify().or(events).unify();
-    gets.or(stream).unify().recover(rejected).unify()
+    let export = warp::path!("export")
+        .and(warp::get())
+        .and(with(&api))
+        .and(warp::ext::get::<Arc<Connection>>())
+        .and(warp::query::<transfer::DatabaseQuery>())
+        .then(transfer::get_export);
+    let import = warp::path!("import")
+        .and(warp::post())
+        .and(with(&api))
+        .and(warp::header::headers_cloned())
+        .and(warp::query::<transfer::DatabaseQuery>())
+        .and(warp::body::stream())
+        .then(transfer::post_import);
+    let files = export.or(import).unify();
+    gets.or(stream)
+        .unify()
+        .or(files)
+        .unify()
+        .recover(rejected)
+        .unify()
 }
 
 /// The answer to a request that no path took.
@@ -132,7 +151,7 @@ async fn rejected(rejection: Rejection) -> Result<Response, Infallible> {
     })
 }
 
-fn refuse(status: StatusCode, text: &str) -> Response {
+pub(super) fn refuse(status: StatusCode, text: &str) -> Response {
     warp::reply::with_status(format!("{text}\n"), status).into_response()
 }
 

@@ -2,7 +2,7 @@
 //!
 //! [`server`] owns the sockets: it listens, tells the HTTP versions apart, bounds how long a peer may
 //! take, and stops in order. [`api`] owns the paths and what they answer, [`events`] the stream of
-//! events, [`metrics`] the numbers. The client side of `/stream` is [`crate::stream::receiver`].
+//! events, [`metrics`] the numbers, `transfer` databases as files. The client side of `/stream` is [`crate::stream::receiver`].
 
 pub mod api;
 pub mod events;
@@ -11,6 +11,7 @@ pub mod server;
 
 mod body;
 mod timestamp;
+mod transfer;
 
 #[cfg(test)]
 pub(crate) mod harness;
