@@ -12,6 +12,9 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
 
+mod client;
+mod export;
+mod import;
 pub mod ltx;
 mod mount;
 
@@ -27,6 +30,10 @@ struct Cli {
 enum Command {
     /// Run a node: mount its databases, replicate them, serve the other nodes.
     Mount(mount::MountArgs),
+    /// Write a database of a running node to a file.
+    Export(export::ExportArgs),
+    /// Replace a database of a running primary by a file.
+    Import(import::ImportArgs),
     /// Look into transaction files and log segments.
     #[command(subcommand)]
     Ltx(ltx::LtxCommand),
@@ -39,6 +46,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     match Cli::try_parse_from(two_dashes(args)) {
         Ok(cli) => match cli.command {
             Command::Mount(args) => mount::run(args),
+            Command::Export(args) => export::run(args),
+            Command::Import(args) => import::run(args),
             Command::Ltx(command) => ltx::run(command),
             Command::Version => {
                 // Nobody is left to be told if this fails.
@@ -132,6 +141,24 @@ mod tests {
     }
 
     #[test]
+    fn export_and_import_have_litefs_s_options() {
+        for line in [
+            "tenure export -url http://h:1 -name my.db /tmp/x",
+            "tenure export --name=my.db --url=http://h:1 /tmp/x",
+        ] {
+            let Ok(Command::Export(args)) = parse(line) else {
+                panic!("{line}");
+            };
+            assert_eq!((&*args.url, &*args.name), ("http://h:1", "my.db"));
+            assert_eq!(args.path, Path::new("/tmp/x"));
+        }
+        let Ok(Command::Import(args)) = parse("tenure import -name my.db /tmp/x") else {
+            panic!("import");
+        };
+        assert_eq!(args.url, "http://localhost:20202");
+    }
+
+    #[test]
     fn a_directory_needs_no_file() {
         let args = mount("tenure mount /mnt/x");
         assert_eq!(args.dir.as_deref(), Some(Path::new("/mnt/x")));
@@ -144,6 +171,9 @@ mod tests {
             ("tenure", 2),
             ("tenure mount -nonsense", 2),
             ("tenure mount -config", 2),
+            ("tenure export -name x", 2),
+            ("tenure export /x", 2),
+            ("tenure import -name x", 2),
             ("tenure nonsense", 1),
             ("tenure -nonsense", 2),
             ("tenure help", 0),
