@@ -16,6 +16,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::backup::file::FileBackup;
+use crate::backup::{self, BackupClient, BackupError};
 use crate::config::{Config, LeaseKind};
 use crate::fuse::{Mount, MountError, MountOptions};
 use crate::http::api::Api;
@@ -43,6 +45,9 @@ pub enum NodeError {
     /// The data directory.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The backup, which a node that starts has to look at.
+    #[error("cannot read the backup: {0}")]
+    Backup(#[from] BackupError),
     /// The HTTP server.
     #[error(transparent)]
     Server(#[from] ServerError),
@@ -103,6 +108,7 @@ struct Node {
     role: JoinHandle<Result<(), RoleError>>,
     http: JoinHandle<()>,
     retention: JoinHandle<()>,
+    backup: Option<JoinHandle<()>>,
 }
 
 impl Node {
@@ -117,6 +123,13 @@ impl Node {
             strict_verify: config.strict_verify,
         };
         let store = blocking(move || Store::open(store_options)).await??;
+        let backup = backup_client(config);
+        if let Some(client) = backup.clone() {
+            let store = store.clone();
+            store.keep_for_backup();
+            // Before anybody can write, or read what is old.
+            blocking(move || backup::task::restore_at_start(&store, &*client)).await??;
+        }
         let stats = Arc::new(Stats::default());
         let mount_options = MountOptions {
             dir: config.fuse.dir.clone(),
@@ -150,6 +163,15 @@ impl Node {
             status_tx,
             stop.clone(),
         ));
+        let backup = backup.map(|client| {
+            let status = status.clone();
+            tokio::spawn(backup::task::run(
+                store.clone(),
+                client,
+                status,
+                stop.clone(),
+            ))
+        });
         // Whoever gets an answer finds a node that knows what it is, and a primary that can write.
         let mut decided = status;
         let known = decided.wait_for(|s| s.is_primary || s.primary.is_some());
@@ -169,6 +191,7 @@ impl Node {
             role,
             http,
             retention,
+            backup,
         })
     }
 
@@ -184,6 +207,12 @@ impl Node {
         }
         if !self.role.is_finished() && timeout(STOP_TIMEOUT, self.role).await.is_err() {
             tracing::warn!("the role loop did not stop in time");
+        }
+        // After the last write.
+        if let Some(backup) = self.backup
+            && timeout(STOP_TIMEOUT, backup).await.is_err()
+        {
+            tracing::warn!("the backup did not stop in time");
         }
         let store = self.store;
         let closed = blocking(move || {
@@ -211,6 +240,12 @@ async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Rece
             tracing::error!("removing old transactions failed");
         }
     }
+}
+
+/// Where the configuration wants backups, if anywhere.
+fn backup_client(config: &Config) -> Option<Arc<dyn BackupClient>> {
+    let backup = config.backup.as_ref()?;
+    Some(Arc::new(FileBackup::new(&backup.path)))
 }
 
 /// The backend that the configuration names.

@@ -146,7 +146,6 @@ impl Config {
                 .target
                 .as_ref()
                 .map(|_| "the proxy (proxy.target)"))
-            .or(self.backup.as_ref().map(|_| "backup"))
             .or((!self.exec.is_empty()).then_some("exec"))
             .or(self
                 .tracing_file()

@@ -368,7 +368,6 @@ fn what_is_not_built_yet_is_said() {
             "TLS",
         ),
         ("proxy: {target: 'a:1', addr: ':1', db: d}", "proxy"),
-        ("backup: {type: file, path: /b}", "backup"),
         ("exec: x", "exec"),
         ("tracing: {path: /t}", "tracing.path"),
     ] {

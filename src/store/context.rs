@@ -66,6 +66,8 @@ pub struct Context {
     /// Random, new at every start, never 0.
     pub node_id: u64,
     writable: AtomicBool,
+    /// There is a backup, which may need any record of the log that it is not known to have.
+    backup: AtomicBool,
     next_ino: AtomicU64,
     front: RwLock<Option<Arc<dyn Front>>>,
     events: broadcast::Sender<Event>,
@@ -120,6 +122,7 @@ impl Context {
             options,
             node_id: rand::random::<u64>().max(1),
             writable: AtomicBool::new(false),
+            backup: AtomicBool::new(false),
             next_ino: AtomicU64::new(16),
             front: RwLock::new(None),
             events: broadcast::Sender::new(EVENT_CAPACITY),
@@ -146,6 +149,16 @@ impl Context {
     /// Opens or closes the gate of [`Context::is_writable`].
     pub fn set_writable(&self, writable: bool) {
         self.writable.store(writable, Ordering::Release);
+    }
+
+    /// Whether this node keeps a backup.
+    pub fn has_backup(&self) -> bool {
+        self.backup.load(Ordering::Acquire)
+    }
+
+    /// Says that this node keeps a backup.
+    pub fn set_backup(&self) {
+        self.backup.store(true, Ordering::Release);
     }
 
     /// A number that no other file of this node has had.

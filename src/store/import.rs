@@ -17,7 +17,7 @@
 //!   says, as with SQLite's own backup API. Nobody's connection can be closed from here.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -73,9 +73,70 @@ impl Store {
             return Err(StoreError::NotPrimary(name.to_owned()).into());
         }
         let db = self.database_or_new(name)?;
-        let result = db.import(&candidate);
+        let result = db.replace(&mut Replacement::File(&candidate));
         self.forget_if_nothing(&db);
         Ok(result?)
+    }
+
+    /// Applies a backup's snapshot (an LTX file) on a primary, whose position of the database must
+    /// still be `here`. The position is the snapshot's then, and on disk.
+    ///
+    /// # Errors
+    /// [`StoreError::PositionMismatch`] if something was committed meanwhile. Nothing is changed on
+    /// any error.
+    pub fn restore(&self, name: &str, here: Pos, from: &mut dyn Read) -> Result<Pos, StoreError> {
+        super::names::check_database(name)?;
+        let incoming = Incoming::read(self.data_dir(), from, name)?;
+        if !incoming.header.is_snapshot() {
+            return Err(StoreError::PositionMismatch {
+                db: name.to_owned(),
+                have: here,
+                need: incoming.header.pre_apply_pos(),
+            });
+        }
+        let db = self.database_or_new(name)?;
+        let result = if incoming.header.commit == 0 {
+            db.replace_by_nothing(incoming, here)
+        } else {
+            db.replace(&mut Replacement::Snapshot(Some(incoming), here))
+        };
+        self.forget_if_nothing(&db);
+        result
+    }
+}
+
+/// What takes a database's place.
+enum Replacement<'a> {
+    /// A file, as one more transaction.
+    File(&'a Candidate),
+    /// A snapshot, if the database is still at this position. It is taken out once.
+    Snapshot(Option<Incoming>, Pos),
+}
+
+impl Replacement<'_> {
+    fn page_size(&self) -> u32 {
+        match self {
+            Replacement::File(c) => c.header.page_size,
+            Replacement::Snapshot(i, _) => i.as_ref().map_or(0, |i| i.header.page_size),
+        }
+    }
+
+    /// The transaction. Writers are kept out.
+    fn incoming(&mut self, db: &Database, keep_wal: bool) -> Result<Incoming, StoreError> {
+        match self {
+            Replacement::File(c) => db.incoming(c, keep_wal),
+            Replacement::Snapshot(incoming, here) => {
+                let have = db.lock().pos;
+                match incoming.take() {
+                    Some(incoming) if have == *here => Ok(incoming),
+                    _ => Err(StoreError::PositionMismatch {
+                        db: db.name.clone(),
+                        have,
+                        need: *here,
+                    }),
+                }
+            }
+        }
     }
 }
 
@@ -255,13 +316,13 @@ impl Drop for Importing<'_> {
 }
 
 impl Database {
-    fn import(self: &Arc<Self>, c: &Candidate) -> Result<Pos, StoreError> {
+    fn replace(self: &Arc<Self>, c: &mut Replacement<'_>) -> Result<Pos, StoreError> {
         let deadline = Instant::now() + READER_WAIT;
         let Some(mut locks) = self.replica.try_lock_until(deadline) else {
             return Err(lock_timeout(self, "another import to end"));
         };
         let created = self.make_file()?;
-        let result = self.import_once_idle(&mut locks, c, deadline);
+        let result = self.replace_once_idle(&mut locks, c, deadline);
         locks.close(self);
         drop(locks);
         if created && result.is_err() {
@@ -300,10 +361,10 @@ impl Database {
         self.show_names();
     }
 
-    fn import_once_idle(
+    fn replace_once_idle(
         self: &Arc<Self>,
         locks: &mut ReplicaLocks,
-        c: &Candidate,
+        c: &mut Replacement<'_>,
         deadline: Instant,
     ) -> Result<Pos, StoreError> {
         loop {
@@ -315,11 +376,11 @@ impl Database {
                 )
             };
             let imported = if !has_wal {
-                self.import_in_place(locks, ino, c, deadline)?
+                self.replace_in_place(locks, ino, c, deadline)?
             } else if self.try_leave_wal(locks, ino)? {
                 None
             } else {
-                self.import_into_wal(locks, ino, c, deadline)?
+                self.replace_in_wal(locks, ino, c, deadline)?
             };
             if let Some(pos) = imported {
                 return Ok(pos);
@@ -332,11 +393,11 @@ impl Database {
 
     /// Writers are kept out first, and readers once the transaction is made. `None`: there is a WAL
     /// by now.
-    fn import_in_place(
+    fn replace_in_place(
         self: &Arc<Self>,
         locks: &mut ReplicaLocks,
         ino: u64,
-        c: &Candidate,
+        c: &mut Replacement<'_>,
         deadline: Instant,
     ) -> Result<Option<Pos>, StoreError> {
         let name = self.mount_name(FileKind::Database);
@@ -374,23 +435,26 @@ impl Database {
             return Ok(None);
         }
         let _importing = Importing::begin(self)?;
-        let mut incoming = self.incoming(c, false)?;
+        let mut incoming = c.incoming(self, false)?;
         let captured = incoming.captured(false);
         let _exclusive = match exclusive {
             Some(e) => e,
             None => Exclusive::acquire(self, &file, deadline, false)?,
         };
         self.check_still_primary()?;
+        if incoming.header.is_snapshot() {
+            self.begin_snapshot();
+        }
         self.apply_in_place(locks, ino, &captured, &mut incoming)?;
         Ok(Some(captured.pos))
     }
 
     /// As a writer of the WAL; readers go on. `None`: the WAL went away.
-    fn import_into_wal(
+    fn replace_in_wal(
         self: &Arc<Self>,
         locks: &mut ReplicaLocks,
         ino: u64,
-        c: &Candidate,
+        c: &mut Replacement<'_>,
         deadline: Instant,
     ) -> Result<Option<Pos>, StoreError> {
         locks.open_wal(self, ino)?;
@@ -415,16 +479,32 @@ impl Database {
             return Ok(None);
         }
         let _importing = Importing::begin(self)?;
-        if self.lock().wal_has_other_pages(c.header.page_size) {
+        if self.lock().wal_has_other_pages(c.page_size()) {
             self.empty_wal(shared, ino, deadline)?;
         }
-        let mut incoming = self.incoming(c, true)?;
+        let mut incoming = c.incoming(self, true)?;
         let captured = incoming.captured(true);
         self.check_still_primary()?;
+        if incoming.header.is_snapshot() {
+            self.begin_snapshot();
+        }
         self.apply_to_wal(locks, ino, &captured, &mut incoming)?;
         self.log().flush_wait()?;
         self.note_flushed(self.log().flushed_txid());
         Ok(Some(captured.pos))
+    }
+
+    /// A snapshot that says that the database was dropped.
+    fn replace_by_nothing(
+        self: &Arc<Self>,
+        incoming: Incoming,
+        here: Pos,
+    ) -> Result<Pos, StoreError> {
+        let pos = incoming.pos();
+        let _importing = Importing::begin(self)?;
+        let incoming = Replacement::Snapshot(Some(incoming), here).incoming(self, false)?;
+        self.apply(incoming)?;
+        Ok(pos)
     }
 
     fn check_still_primary(&self) -> Result<(), StoreError> {

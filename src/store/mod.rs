@@ -352,7 +352,21 @@ impl Store {
         Some(self.in_step_at.load(Ordering::Acquire)).filter(|t| *t != NEVER_IN_STEP)
     }
 
-    /// Removes log records that are older than the retention, in every database.
+    /// Says that this node keeps a backup: from now on nothing is pruned that it is not known to have.
+    pub fn keep_for_backup(&self) {
+        self.context.set_backup();
+    }
+
+    /// Notes what the primary says of its backup: it has the database up to this TXID; 0: there is
+    /// none.
+    pub fn note_high_water(&self, name: &str, txid: u64) {
+        if let Some(db) = self.database(name) {
+            db.note_backed_up(txid);
+        }
+    }
+
+    /// Removes log records that are older than the retention and in the backup, if there is one, in
+    /// every database.
     pub fn prune(&self) {
         for db in self.databases() {
             if let Err(e) = db.prune_log(self.context.options.retention) {

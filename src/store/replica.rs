@@ -176,13 +176,7 @@ impl Database {
         };
         let captured = incoming.captured(was_wal);
         if incoming.header.is_snapshot() {
-            self.forget_captured();
-            // The last checkpoint may be of another history, and say nothing of this log.
-            let mut st = self.lock();
-            st.saved = SumsHeader {
-                sequence: st.saved.sequence,
-                ..Default::default()
-            };
+            self.begin_snapshot();
         }
         if captured.commit == 0 {
             self.append_incoming(incoming, true)?;
@@ -204,6 +198,17 @@ impl Database {
             }
         }
         self.settle_mode(locks)
+    }
+
+    /// A snapshot is to take the place of everything.
+    pub(super) fn begin_snapshot(&self) {
+        self.forget_captured();
+        // The last checkpoint may be of another history, and say nothing of this log.
+        let mut st = self.lock();
+        st.saved = SumsHeader {
+            sequence: st.saved.sequence,
+            ..Default::default()
+        };
     }
 
     /// Has a WAL if the database asks for one, and gives up one that it asks for no more.

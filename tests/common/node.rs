@@ -27,6 +27,8 @@ pub struct Options {
     pub primary: (String, String),
     /// `data.retention`, when it is not the default.
     pub retention: Option<&'static str>,
+    /// `backup.path` of a backup of type file.
+    pub backup: Option<PathBuf>,
     /// `strict-verify`: the node recomputes the checksum after each transaction.
     pub strict_verify: bool,
     /// Environment variables of its process, besides the test's own.
@@ -42,6 +44,7 @@ impl Options {
             primary: (name.to_string(), http.clone()),
             http,
             retention: None,
+            backup: None,
             strict_verify: false,
             environment: Vec::new(),
         }
@@ -63,9 +66,13 @@ impl Options {
             Some(time) => format!("  retention: {time}\n  retention-monitor-interval: 100ms\n"),
             None => String::new(),
         };
+        let backup = match &self.backup {
+            Some(path) => format!("backup:\n  type: file\n  path: {path:?}\n"),
+            None => String::new(),
+        };
         // A quoted Rust string of such a path is a quoted YAML string.
         format!(
-            "fuse:\n  dir: {mount:?}\n\
+            "{backup}fuse:\n  dir: {mount:?}\n\
              data:\n  dir: {data:?}\n{retention}\
              http:\n  addr: \"{}\"\n\
              strict-verify: {}\n\

@@ -7,6 +7,7 @@ mod log;
 mod log_damage;
 mod receive;
 mod recovery;
+mod restore;
 mod snapshots;
 mod sums;
 mod vfs;
