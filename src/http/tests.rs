@@ -101,7 +101,7 @@ async fn unknown_paths_and_wrong_methods() {
     let node = TestNode::primary().await;
     for client in [h1(), h2()] {
         for path in [
-            "/", "/nothing", "/info/x", "/promote", "/handoff", "/halt", "/tx", "/import",
+            "/", "/nothing", "/info/x", "/promote", "/handoff", "/halt", "/tx",
         ] {
             let answer = client
                 .post(format!("{}{path}", node.url))
@@ -120,6 +120,8 @@ async fn unknown_paths_and_wrong_methods() {
             (Method::DELETE, "/events"),
             (Method::PUT, "/metrics"),
             (Method::POST, "/debug/vars"),
+            (Method::POST, "/export?name=x"),
+            (Method::GET, "/import?name=x"),
         ] {
             let answer = client
                 .request(method, format!("{}{path}", node.url))

@@ -120,7 +120,7 @@ mod tests {
         pages: &[(u32, u8)],
     ) -> Vec<u8> {
         let header = Header {
-            compressed: txid % 2 == 0,
+            compressed: txid.is_multiple_of(2),
             page_size: size,
             commit,
             min_txid: txid,
