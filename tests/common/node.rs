@@ -1,5 +1,6 @@
 //! One node: the real program with a configuration file of its own.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -8,6 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use super::run::Running;
@@ -93,11 +95,17 @@ fn stop_with_parent() -> std::io::Result<()> {
     }
 }
 
-/// An address on the loopback, outside of the range that the kernel gives to others by itself.
+/// An address on the loopback, outside of the range that the kernel gives to others by itself, and
+/// given only once: a node may listen there only later.
 pub fn free_address() -> String {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = rand::random_range(12_000..32_000);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let new = GIVEN
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(port);
+        if new && TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return format!("127.0.0.1:{port}");
         }
     }
