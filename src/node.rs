@@ -18,6 +18,8 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::backup::file::FileBackup;
+use crate::backup::{self, BackupClient, BackupError};
 use crate::config::{Config, LeaseKind};
 use crate::fuse::{Mount, MountError, MountOptions};
 use crate::http::api::Api;
@@ -47,6 +49,9 @@ pub enum NodeError {
     /// The data directory.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The backup, which a node that starts has to look at.
+    #[error("cannot read the backup: {0}")]
+    Backup(#[from] BackupError),
     /// The HTTP server.
     #[error(transparent)]
     Server(#[from] ServerError),
@@ -108,6 +113,7 @@ struct Node {
     http: JoinHandle<()>,
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
+    backup: Option<JoinHandle<()>>,
 }
 
 impl Node {
@@ -123,6 +129,13 @@ impl Node {
             strict_verify: config.strict_verify,
         };
         let store = blocking(move || Store::open(store_options)).await??;
+        let backup = backup_client(config);
+        if let Some(client) = backup.clone() {
+            let store = store.clone();
+            store.keep_for_backup();
+            // Before anybody can write, or read what is old.
+            blocking(move || backup::task::restore_at_start(&store, &*client)).await??;
+        }
         let stats = Arc::new(Stats::default());
         let mount_options = MountOptions {
             dir: config.fuse.dir.clone(),
@@ -166,6 +179,15 @@ impl Node {
             commands: queue,
         };
         let role = tokio::spawn(role::run(parts, role_config, stop.clone()));
+        let backup = backup.map(|client| {
+            let status = status.clone();
+            tokio::spawn(backup::task::run(
+                store.clone(),
+                client,
+                status,
+                stop.clone(),
+            ))
+        });
         // Whoever gets an answer finds a node that knows what it is, and a primary that can write.
         let mut decided = status.clone();
         let known = decided.wait_for(|s| s.is_primary || s.primary.is_some());
@@ -192,6 +214,7 @@ impl Node {
             http,
             proxy,
             retention,
+            backup,
         })
     }
 
@@ -210,6 +233,12 @@ impl Node {
         }
         if !self.role.is_finished() && timeout(STOP_TIMEOUT, self.role).await.is_err() {
             tracing::warn!("the role loop did not stop in time");
+        }
+        // After the last write.
+        if let Some(backup) = self.backup
+            && timeout(STOP_TIMEOUT, backup).await.is_err()
+        {
+            tracing::warn!("the backup did not stop in time");
         }
         let store = self.store;
         let closed = blocking(move || {
@@ -237,6 +266,12 @@ async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Rece
             tracing::error!("removing old transactions failed");
         }
     }
+}
+
+/// Where the configuration wants backups, if anywhere.
+fn backup_client(config: &Config) -> Option<Arc<dyn BackupClient>> {
+    let backup = config.backup.as_ref()?;
+    Some(Arc::new(FileBackup::new(&backup.path)))
 }
 
 async fn blocking<T: Send + 'static>(

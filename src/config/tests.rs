@@ -378,7 +378,6 @@ fn what_is_not_built_yet_is_said() {
             "lease: {type: static, candidate: false, advertise-url: 'https://p:1'}",
             "TLS",
         ),
-        ("backup: {type: file, path: /b}", "backup"),
         ("exec: x", "exec"),
         ("tracing: {path: /t}", "tracing.path"),
     ] {
