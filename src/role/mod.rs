@@ -139,6 +139,7 @@ pub async fn run(
         commands: parts.commands,
         outage,
         handed_over: None,
+        handed_away: false,
         not_before: None,
         refused: None,
         early: 0,
@@ -172,6 +173,8 @@ struct Node {
     outage: Outage,
     /// A lease that the last primary handed over.
     handed_over: Option<String>,
+    /// The lease was handed over, and the service may still name this node.
+    handed_away: bool,
     /// Until then the lease is left to others.
     not_before: Option<Instant>,
     /// The primary that was refused last, because its number is too low.
@@ -228,7 +231,9 @@ impl Node {
                     "the lease names this very node ({}, {}), which does not hold it: waiting for it to expire (or does another node have this lease.advertise-url?)",
                     primary.hostname, primary.advertise_url
                 );
-                if self.complaint.is_due(&problem) {
+                if self.handed_away {
+                    debug!("the lease still names this node, which has handed it over");
+                } else if self.complaint.is_due(&problem) {
                     info!("{problem}");
                 }
                 return Ok(MAX_RECONNECT_DELAY);
@@ -301,6 +306,7 @@ impl Node {
             status.primary = Some(primary.clone());
         });
         self.election.over(Standing::Following);
+        self.handed_away = false;
         self.complaint = outage::Complaint::default();
         let (cancel, mut cancelled) = watch::channel(false);
         let (progress, mut reached) = mpsc::channel(8);
@@ -347,6 +353,8 @@ impl Node {
                 self.handed_over = Some(lease_id);
                 Duration::ZERO
             }
+            // There is another primary, or none: nothing is left to be said of this one.
+            Ok(Ended::End) | Err(_) if !watching => Duration::ZERO,
             Ok(Ended::End) => {
                 info!(
                     primary = primary.hostname,

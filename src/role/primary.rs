@@ -68,6 +68,7 @@ impl Node {
         }
         // In this order: no more commits, streams end, and only then the lease goes.
         let handed_over = handed_over.load(Ordering::Acquire);
+        self.handed_away = handed_over;
         let in_order = matches!(end, End::Shutdown | End::Demoted(_)) && !handed_over;
         if in_order {
             // Commits that were begun are still acknowledged, and sent.
