@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::config::{Config, LeaseKind};
-use crate::fuse::{Mount, MountError, MountOptions};
+use crate::fuse::{Mount, MountError, MountOptions, Observers, PrimaryName};
 use crate::http::api::Api;
 use crate::http::server::{Server, ServerError};
 use crate::proxy::{self, Proxy};
@@ -27,6 +27,7 @@ use crate::role::{self, Parts, Promoter, RoleConfig, RoleError, Status};
 use crate::store::{Options as StoreOptions, Store, StoreError};
 use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
+use crate::telemetry::operations::OperationLog;
 
 /// How long each part may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -65,6 +66,14 @@ pub enum NodeError {
     /// The lease backend as it is configured.
     #[error(transparent)]
     Lease(LeaseError),
+    /// The operation log.
+    #[error("tracing.path: cannot write {}: {source}", path.display())]
+    OperationLog {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The system.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),
@@ -108,6 +117,7 @@ struct Node {
     http: JoinHandle<()>,
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
+    operations: Option<OperationLog>,
 }
 
 impl Node {
@@ -124,15 +134,20 @@ impl Node {
         };
         let store = blocking(move || Store::open(store_options)).await??;
         let stats = Arc::new(Stats::default());
+        let (status_tx, status) = watch::channel(Status::default());
+        let operations = operation_log(config).await?;
         let mount_options = MountOptions {
             dir: config.fuse.dir.clone(),
             allow_other: config.fuse.allow_other,
             skip_unmount: options.skip_unmount,
+            observers: Observers {
+                log: operations.clone(),
+                primary: Some(primary_name(status.clone())),
+            },
         };
         let mounting = store.clone();
         let mount = blocking(move || Mount::start(&mounting, &mount_options)).await??;
         let (shutdown, stop) = watch::channel(false);
-        let (status_tx, status) = watch::channel(Status::default());
         let (commands, queue) = role::commands(status.clone());
         let replicas = Arc::new(Replicas::default());
         let candidate = config.lease.candidate;
@@ -192,6 +207,7 @@ impl Node {
             http,
             proxy,
             retention,
+            operations,
         })
     }
 
@@ -219,7 +235,32 @@ impl Node {
         if closed.await.is_err() {
             tracing::error!("the databases could not be closed: the next start recovers them");
         }
+        if let Some(log) = self.operations
+            && !matches!(blocking(move || log.flush(STOP_TIMEOUT)).await, Ok(true))
+        {
+            tracing::warn!("the operation log (tracing) lacks the last operations");
+        }
     }
+}
+
+/// Starts the operation log, if one is to be kept.
+async fn operation_log(config: &Config) -> Result<Option<OperationLog>, NodeError> {
+    let Some(path) = config.tracing_file().map(PathBuf::from) else {
+        return Ok(None);
+    };
+    let (file, settings) = (path.clone(), config.tracing.clone());
+    match blocking(move || OperationLog::start(&file, &settings)).await? {
+        Ok(log) => Ok(Some(log)),
+        Err(source) => Err(NodeError::OperationLog { path, source }),
+    }
+}
+
+/// Says who is primary, for messages.
+fn primary_name(status: watch::Receiver<Status>) -> PrimaryName {
+    Arc::new(move || {
+        let primary = status.borrow().primary.clone()?;
+        Some((primary.hostname, primary.advertise_url))
+    })
 }
 
 /// Removes old transactions now and then.

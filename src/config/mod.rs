@@ -138,10 +138,7 @@ impl Config {
         let feature = https
             .then_some("TLS (https in lease.advertise-url)")
             .or(self.backup.as_ref().map(|_| "backup"))
-            .or((!self.exec.is_empty()).then_some("exec"))
-            .or(self
-                .tracing_file()
-                .map(|_| "the rolling trace log (tracing.path)"))?;
+            .or((!self.exec.is_empty()).then_some("exec"))?;
         Some(format!(
             "{feature} is not available in this version of Tenure"
         ))

@@ -380,7 +380,6 @@ fn what_is_not_built_yet_is_said() {
         ),
         ("backup: {type: file, path: /b}", "backup"),
         ("exec: x", "exec"),
-        ("tracing: {path: /t}", "tracing.path"),
     ] {
         let message = parse(text).unwrap().unsupported().unwrap();
         assert!(message.contains(feature), "{text}: {message}");
