@@ -1,12 +1,15 @@
 //! A node: builds its parts out of a configuration, and starts and stops them in order. The one
 //! place that knows every part; [`backend`] alone knows which lease backends there are.
 //!
-//! Start: listeners, data directory (recovered), mount, role, and then answers on HTTP and the proxy.
-//! Stop: the proxy (no more requests of clients), role (no more writes),
+//! Start: listeners, data directory (recovered), mount, role, and then answers on HTTP and the proxy,
+//! and what the node is to run ([`exec`]).
+//! Stop: what the node runs, the proxy (no more requests of clients), role (no more writes),
 //! streams and HTTP, databases (everything in place and saved), and the mount last, lazily, so
 //! that open files never keep a node from ending.
 
 mod backend;
+pub mod check;
+mod exec;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +17,7 @@ use std::time::Duration;
 
 use tenure_lease::LeaseError;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
@@ -79,31 +82,61 @@ pub enum NodeError {
     System(&'static str, std::io::Error),
 }
 
-/// Runs a node until SIGINT or SIGTERM.
-pub async fn run(config: Config, options: Options) -> Result<(), NodeError> {
+/// Runs a node until SIGINT or SIGTERM, or until what it runs (`exec`) has ended. Gives the exit code.
+pub async fn run(config: Config, options: Options) -> Result<u8, NodeError> {
     let mut interrupt = signal(SignalKind::interrupt())
         .map_err(|e| NodeError::System("cannot handle SIGINT", e))?;
     let mut terminate = signal(SignalKind::terminate())
         .map_err(|e| NodeError::System("cannot handle SIGTERM", e))?;
     let node = Node::start(&config, options).await?;
     tracing::info!(mount = %config.fuse.dir.display(), http = %node.addr, data = %config.data.dir.display(), "ready to be used");
+    tell_systemd(sd_notify::NotifyState::Ready);
+    let (tell, told) = mpsc::unbounded_channel();
+    // It ends soon after it is told a signal.
+    let application = exec::run(exec::Plan::of(&config), node.status.clone(), told);
+    tokio::pin!(application);
     let mut unmounted = node.mount.ended();
     let mut role = node.role;
     let mut ended = None;
-    tokio::select! {
-        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
-        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-        _ = unmounted.wait_for(|u| *u) => ended = Some(NodeError::Unmounted(config.fuse.dir.clone())),
-        r = &mut role => ended = Some(match r {
-            Ok(Err(e)) => NodeError::Role(e),
-            _ => NodeError::Ended("the role loop"),
-        }),
-    }
+    let code = loop {
+        let told = tokio::select! {
+            code = &mut application => break code,
+            _ = interrupt.recv() => {
+                tracing::info!("SIGINT: stopping");
+                libc::SIGINT
+            }
+            _ = terminate.recv() => {
+                tracing::info!("SIGTERM: stopping");
+                libc::SIGTERM
+            }
+            _ = unmounted.wait_for(|u| *u), if ended.is_none() => {
+                ended = Some(NodeError::Unmounted(config.fuse.dir.clone()));
+                libc::SIGTERM
+            }
+            r = &mut role, if ended.is_none() => {
+                ended = Some(match r {
+                    Ok(Err(e)) => NodeError::Role(e),
+                    _ => NodeError::Ended("the role loop"),
+                });
+                libc::SIGTERM
+            }
+        };
+        // It cannot be told any more if it has just ended.
+        let _ = tell.send(told);
+    };
+    tell_systemd(sd_notify::NotifyState::Stopping);
     let node = Node { role, ..node };
     node.stop().await;
     match ended {
         Some(e) => Err(e),
-        None => Ok(()),
+        None => Ok(code),
+    }
+}
+
+/// Tells systemd, if that started the node and wants to know (`Type=notify`).
+fn tell_systemd(state: sd_notify::NotifyState) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "systemd cannot be told what the node does");
     }
 }
 
@@ -117,6 +150,7 @@ struct Node {
     http: JoinHandle<()>,
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
+    status: watch::Receiver<Status>,
     operations: Option<OperationLog>,
 }
 
@@ -190,7 +224,7 @@ impl Node {
         let proxy = proxy.map(|proxy| {
             proxy.serve(proxy::Node {
                 store: store.clone(),
-                status,
+                status: status.clone(),
             })
         });
         let retention = tokio::spawn(retention(
@@ -207,6 +241,7 @@ impl Node {
             http,
             proxy,
             retention,
+            status,
             operations,
         })
     }

@@ -137,8 +137,7 @@ impl Config {
         let https = self.lease.advertise_url.starts_with("https:");
         let feature = https
             .then_some("TLS (https in lease.advertise-url)")
-            .or(self.backup.as_ref().map(|_| "backup"))
-            .or((!self.exec.is_empty()).then_some("exec"))?;
+            .or(self.backup.as_ref().map(|_| "backup"))?;
         Some(format!(
             "{feature} is not available in this version of Tenure"
         ))
