@@ -10,8 +10,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
+mod docs;
 pub mod ltx;
 mod mount;
 mod run;
@@ -33,6 +34,10 @@ enum Command {
     /// Look into transaction files and log segments.
     #[command(subcommand)]
     Ltx(ltx::LtxCommand),
+    /// Print a script that completes Tenure's command lines in a shell.
+    Completions(docs::CompletionsArgs),
+    /// Print the man page, or write one for each command into a directory.
+    Man(docs::ManArgs),
     /// Print the version.
     Version,
 }
@@ -44,6 +49,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Command::Mount(args) => mount::run(args),
             Command::Run(args) => run::run(args),
             Command::Ltx(command) => ltx::run(command),
+            Command::Completions(args) => docs::completions(&args, Cli::command()),
+            Command::Man(args) => docs::man(&args, Cli::command()),
             Command::Version => {
                 // Nobody is left to be told if this fails.
                 let _ = writeln!(std::io::stdout(), "tenure {}", env!("CARGO_PKG_VERSION"));
