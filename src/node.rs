@@ -21,6 +21,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::backup::file::FileBackup;
+use crate::backup::{self, BackupClient, BackupError};
 use crate::config::{Config, LeaseKind};
 use crate::fuse::{Mount, MountError, MountOptions, Observers, PrimaryName};
 use crate::http::api::Api;
@@ -51,6 +53,9 @@ pub enum NodeError {
     /// The data directory.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The backup, which a node that starts has to look at.
+    #[error("cannot read the backup: {0}")]
+    Backup(#[from] BackupError),
     /// The HTTP server.
     #[error(transparent)]
     Server(#[from] ServerError),
@@ -150,6 +155,7 @@ struct Node {
     http: JoinHandle<()>,
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
+    backup: Option<JoinHandle<()>>,
     status: watch::Receiver<Status>,
     operations: Option<OperationLog>,
 }
@@ -167,6 +173,13 @@ impl Node {
             strict_verify: config.strict_verify,
         };
         let store = blocking(move || Store::open(store_options)).await??;
+        let backup = backup_client(config);
+        if let Some(client) = backup.clone() {
+            let store = store.clone();
+            store.keep_for_backup();
+            // Before anybody can write, or read what is old.
+            blocking(move || backup::task::restore_at_start(&store, &*client)).await??;
+        }
         let stats = Arc::new(Stats::default());
         let (status_tx, status) = watch::channel(Status::default());
         let operations = operation_log(config).await?;
@@ -215,6 +228,15 @@ impl Node {
             commands: queue,
         };
         let role = tokio::spawn(role::run(parts, role_config, stop.clone()));
+        let backup = backup.map(|client| {
+            let status = status.clone();
+            tokio::spawn(backup::task::run(
+                store.clone(),
+                client,
+                status,
+                stop.clone(),
+            ))
+        });
         // Whoever gets an answer finds a node that knows what it is, and a primary that can write.
         let mut decided = status.clone();
         let known = decided.wait_for(|s| s.is_primary || s.primary.is_some());
@@ -241,6 +263,7 @@ impl Node {
             http,
             proxy,
             retention,
+            backup,
             status,
             operations,
         })
@@ -261,6 +284,12 @@ impl Node {
         }
         if !self.role.is_finished() && timeout(STOP_TIMEOUT, self.role).await.is_err() {
             tracing::warn!("the role loop did not stop in time");
+        }
+        // After the last write.
+        if let Some(backup) = self.backup
+            && timeout(STOP_TIMEOUT, backup).await.is_err()
+        {
+            tracing::warn!("the backup did not stop in time");
         }
         let store = self.store;
         let closed = blocking(move || {
@@ -313,6 +342,12 @@ async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Rece
             tracing::error!("removing old transactions failed");
         }
     }
+}
+
+/// Where the configuration wants backups, if anywhere.
+fn backup_client(config: &Config) -> Option<Arc<dyn BackupClient>> {
+    let backup = config.backup.as_ref()?;
+    Some(Arc::new(FileBackup::new(&backup.path)))
 }
 
 async fn blocking<T: Send + 'static>(

@@ -402,6 +402,7 @@ fuse: {dir: full}
 data: {dir: file/d}
 http: {addr: '192.0.2.1:1'}
 tracing: {path: file/t}
+backup: {type: file, path: file/b}
 exec:
   - cmd: no-such-program-here
   - cmd: ./file
@@ -418,6 +419,7 @@ lease:
         "ERROR: data.dir: ",
         "ERROR: http.addr: cannot listen on 192.0.2.1",
         "ERROR: tracing.path: ",
+        "ERROR: backup.path: ",
         "ERROR: exec: there is no program no-such-program-here",
         "ERROR: exec: there is no program ./file",
         "bad.pem",

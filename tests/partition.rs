@@ -25,18 +25,24 @@ struct Bed {
 
 impl Bed {
     fn new(kind: Kind, mode: &str) -> Bed {
+        Self::with(kind, mode, |lines| lines)
+    }
+
+    /// The same, with the lines of `lease` changed.
+    fn with(kind: Kind, mode: &str, change: fn(String) -> String) -> Bed {
         let net = Net::new(2);
         let service = net
             .service
             .run(|| Service::start_at(kind, SERVICE.parse().expect("an address")));
         let cluster = Cluster::new(240);
+        let lines = change(kind.lines(service.address(), "tenure/test"));
         let mut nodes = Vec::new();
         for (i, name) in ["a", "b"].into_iter().enumerate() {
             let options = Options {
                 http: format!("{}:20202", net.address(i)),
                 namespace: Some(net.member(i)),
                 uncompressed: true,
-                ..Options::candidate(name, &kind.lines(service.address(), "tenure/test"))
+                ..Options::candidate(name, &lines)
             };
             nodes.push(cluster.start(options));
             if i == 0 {
@@ -156,7 +162,10 @@ fn consul_is_killed_and_comes_back() {
 /// A short outage is none: the primary stays.
 #[test]
 fn etcd_is_away_for_a_moment() {
-    let bed = Bed::new(Kind::Etcd, "wal");
+    // It takes seconds to be back on a machine that is busy.
+    let bed = Bed::with(Kind::Etcd, "wal", |lines| {
+        lines.replace("ttl: 3s", "ttl: 15s")
+    });
     for _ in 0..3 {
         bed.service.kill();
         bed.net.service.run(|| bed.service.start_again());

@@ -12,7 +12,10 @@ use std::process::ExitCode;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser, Subcommand};
 
+mod client;
 mod docs;
+mod export;
+mod import;
 pub mod ltx;
 mod mount;
 mod run;
@@ -31,6 +34,10 @@ enum Command {
     Mount(mount::MountArgs),
     /// Run a command once the node is what it needs.
     Run(run::RunArgs),
+    /// Write a database of a running node to a file.
+    Export(export::ExportArgs),
+    /// Replace a database of a running primary by a file.
+    Import(import::ImportArgs),
     /// Look into transaction files and log segments.
     #[command(subcommand)]
     Ltx(ltx::LtxCommand),
@@ -48,6 +55,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(cli) => match cli.command {
             Command::Mount(args) => mount::run(args),
             Command::Run(args) => run::run(args),
+            Command::Export(args) => export::run(args),
+            Command::Import(args) => import::run(args),
             Command::Ltx(command) => ltx::run(command),
             Command::Completions(args) => docs::completions(&args, Cli::command()),
             Command::Man(args) => docs::man(&args, Cli::command()),
@@ -143,6 +152,24 @@ mod tests {
     }
 
     #[test]
+    fn export_and_import_have_litefs_s_options() {
+        for line in [
+            "tenure export -url http://h:1 -name my.db /tmp/x",
+            "tenure export --name=my.db --url=http://h:1 /tmp/x",
+        ] {
+            let Ok(Command::Export(args)) = parse(line) else {
+                panic!("{line}");
+            };
+            assert_eq!((&*args.url, &*args.name), ("http://h:1", "my.db"));
+            assert_eq!(args.path, Path::new("/tmp/x"));
+        }
+        let Ok(Command::Import(args)) = parse("tenure import -name my.db /tmp/x") else {
+            panic!("import");
+        };
+        assert_eq!(args.url, "http://localhost:20202");
+    }
+
+    #[test]
     fn a_directory_needs_no_file() {
         let args = mount("tenure mount /mnt/x");
         assert_eq!(args.dir.as_deref(), Some(Path::new("/mnt/x")));
@@ -155,6 +182,9 @@ mod tests {
             ("tenure", 2),
             ("tenure mount -nonsense", 2),
             ("tenure mount -config", 2),
+            ("tenure export -name x", 2),
+            ("tenure export /x", 2),
+            ("tenure import -name x", 2),
             ("tenure nonsense", 1),
             ("tenure run -promote", 2),
             ("tenure run -url nonsense -- true", 2),

@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn a_configuration_that_cannot_be_used_is_exit_code_2() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        for text in ["fuse: {dri: x}", "backup: {type: file, path: /b}"] {
+        for text in ["fuse: {dri: x}", "lease: {advertise-url: 'https://p:1'}"] {
             std::fs::write(file.path(), text).unwrap();
             let code = run(MountArgs {
                 config: Some(file.path().into()),

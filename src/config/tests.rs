@@ -379,17 +379,10 @@ fn mistakes_are_named_with_file_line_and_key() {
 
 #[test]
 fn what_is_not_built_yet_is_said() {
-    for (text, feature) in [
-        (
-            "lease: {type: static, candidate: false, advertise-url: 'https://p:1'}",
-            "TLS",
-        ),
-        ("backup: {type: file, path: /b}", "backup"),
-    ] {
-        let message = parse(text).unwrap().unsupported().unwrap();
-        assert!(message.contains(feature), "{text}: {message}");
-        assert!(message.ends_with("is not available in this version of Tenure"));
-    }
+    let text = "lease: {type: static, candidate: false, advertise-url: 'https://p:1'}";
+    let message = parse(text).unwrap().unsupported().unwrap();
+    assert!(message.starts_with("TLS"), "{message}");
+    assert!(message.ends_with("is not available in this version of Tenure"));
 }
 
 #[test]

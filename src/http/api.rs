@@ -1,7 +1,8 @@
 //! The paths of the API and what they answer.
 //!
 //! Every request is one of: `GET /info`, `GET /events`, `GET /metrics`, `GET /debug/vars`,
-//! `POST /stream`, and those that change or ask for the primary's role ([`super::role`]). Another method on one of these paths is 405, another path 404, and every error is a
+//! `POST /stream`, `GET /export`, `POST /import` ([`super::transfer`]), and those that change or ask
+//! for the primary's role ([`super::role`]). Another method on one of these paths is 405, another path 404, and every error is a
 //! text of one line. What a request carries is bounded and checked before it is used.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,7 +31,7 @@ use crate::stream::stats::Stats;
 use crate::stream::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
 
 use super::server::{Connection, Version};
-use super::{body, events, metrics, role};
+use super::{body, events, metrics, role, transfer};
 
 /// How long a peer may take to send a request's body.
 pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -73,7 +74,7 @@ impl Api {
     }
 
     /// Resolves when the node stops.
-    fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
+    pub(super) fn stopped(&self) -> impl Future<Output = ()> + Send + 'static {
         let mut shutdown = self.shutdown.clone();
         async move {
             let _ = shutdown.wait_for(|stop| *stop).await;
@@ -129,8 +130,24 @@ pub(super) fn routes(
         .and(warp::body::stream())
         .then(post_stream);
     let gets = info.or(vars).unify().or(numbers).unify().or(events).unify();
+    let export = warp::path!("export")
+        .and(warp::get())
+        .and(with(&api))
+        .and(warp::ext::get::<Arc<Connection>>())
+        .and(warp::query::<transfer::DatabaseQuery>())
+        .then(transfer::get_export);
+    let import = warp::path!("import")
+        .and(warp::post())
+        .and(with(&api))
+        .and(warp::header::headers_cloned())
+        .and(warp::query::<transfer::DatabaseQuery>())
+        .and(warp::body::stream())
+        .then(transfer::post_import);
+    let files = export.or(import).unify();
     let role = role::routes(with(&api));
     gets.or(stream)
+        .unify()
+        .or(files)
         .unify()
         .or(role)
         .unify()

@@ -100,15 +100,7 @@ impl Frames {
 async fn unknown_paths_and_wrong_methods() {
     let node = TestNode::primary().await;
     for client in [h1(), h2()] {
-        for path in [
-            "/",
-            "/nothing",
-            "/info/x",
-            "/promote/x",
-            "/halt",
-            "/tx",
-            "/import",
-        ] {
+        for path in ["/", "/nothing", "/info/x", "/promote/x", "/halt", "/tx"] {
             let answer = client
                 .post(format!("{}{path}", node.url))
                 .send()
@@ -129,6 +121,8 @@ async fn unknown_paths_and_wrong_methods() {
             (Method::GET, "/handoff"),
             (Method::GET, "/common"),
             (Method::POST, "/debug/vars"),
+            (Method::POST, "/export?name=x"),
+            (Method::GET, "/import?name=x"),
         ] {
             let answer = client
                 .request(method, format!("{}{path}", node.url))

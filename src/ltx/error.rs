@@ -77,6 +77,14 @@ pub enum LtxError {
     /// The post-apply checksum lacks bit 63, which every checksum carries.
     #[error("LTX: post-apply checksum {0:016x} lacks the checksum flag (bit 63)")]
     PostApplyFlag(u64),
+    /// Files that were to be merged do not follow each other.
+    #[error("LTX: the file from TXID {min:016x} on does not follow the one up to {after:016x}")]
+    NotConsecutive {
+        /// First TXID of the file that does not follow.
+        min: u64,
+        /// Last TXID of the one before it.
+        after: u64,
+    },
     /// The encoder or decoder was used again after an error.
     #[error("LTX: used again after an error: start over from the file's beginning")]
     Failed,

@@ -19,6 +19,7 @@ mod decoder;
 mod encoder;
 mod error;
 mod header;
+mod merge;
 mod order;
 mod pos;
 
@@ -32,6 +33,7 @@ pub use decoder::{Decoder, Summary, verify};
 pub use encoder::Encoder;
 pub use error::LtxError;
 pub use header::{HEADER_SIZE, Header, PAGE_HEADER_SIZE, TRAILER_SIZE, Trailer};
+pub use merge::merge;
 pub use pos::{ParsePosError, Pos, file_name, parse_file_name, parse_txid};
 
 /// The byte of a database file that SQLite's locks begin at.

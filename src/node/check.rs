@@ -32,6 +32,9 @@ pub async fn problems(config: &Config) -> Vec<String> {
     add("fuse.dir", patiently(move || mount_point(&fuse_dir)).await);
     let data_dir = config.data.dir.clone();
     add("data.dir", patiently(move || directory(&data_dir)).await);
+    if let Some(path) = config.backup.as_ref().map(|b| b.path.clone()) {
+        add("backup.path", patiently(move || directory(&path)).await);
+    }
     if let Some(path) = config.tracing_file().map(Path::to_owned) {
         add("tracing.path", patiently(move || log_file(&path)).await);
     }
@@ -67,6 +70,9 @@ pub fn summary(config: &Config) -> String {
     );
     if let (Some(addr), Some(target)) = (&config.proxy.addr, &config.proxy.target) {
         line += &format!(", proxy {addr} to {target}");
+    }
+    if let Some(backup) = &config.backup {
+        line += &format!(", backup {}", backup.path.display());
     }
     if let Some(path) = config.tracing_file() {
         line += &format!(", operation log {}", path.display());

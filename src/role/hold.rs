@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout_at};
 use tracing::warn;
 
-/// How long after a transient error renewing is tried again.
+/// How long after a transient error renewing is tried again; with a short TTL a tenth of it.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// Why a node no longer holds its lease.
@@ -54,7 +54,7 @@ pub(super) async fn hold(
             Ok(Err(LeaseError::LeaseExpired)) | Err(_) => return End::Lost,
             Ok(Err(error)) => {
                 warn!(%error, "the lease could not be renewed; trying again");
-                retry = Some(Instant::now() + RETRY);
+                retry = Some(Instant::now() + RETRY.min(ttl / 10));
             }
         }
     }

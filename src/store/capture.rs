@@ -137,6 +137,8 @@ impl Database {
         st.wal_mode = c.wal_mode;
         st.pos = c.pos;
         st.timestamp = c.timestamp;
+        // The next writer may come as soon as the locks are given up.
+        st.importing = false;
     }
 
     /// After the bytes of the newest transaction are in place.

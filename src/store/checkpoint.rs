@@ -91,7 +91,8 @@ impl Database {
         }
     }
 
-    /// Removes log records that are older than `retention` and needed no more.
+    /// Removes log records that are older than `retention` and needed no more, by a recovery or a
+    /// backup.
     pub(super) fn prune_log(self: &Arc<Self>, retention: Duration) -> Result<(), StoreError> {
         let behind = {
             let st = self.lock();
@@ -100,7 +101,7 @@ impl Database {
         if behind {
             self.checkpoint()?;
         }
-        let keep_after = self.lock().saved.pos.txid;
+        let keep_after = self.lock().saved.pos.txid.min(self.prunable());
         let removed = self.log().prune(keep_after, retention)?;
         self.counters()
             .ltx_reaped

@@ -81,6 +81,8 @@ pub struct Context {
     pub node_id: u64,
     /// The gate of commits.
     pub gate: Arc<Gate>,
+    /// There is a backup, which may need any record of the log that it is not known to have.
+    backup: AtomicBool,
     next_ino: AtomicU64,
     front: RwLock<Option<Arc<dyn Front>>>,
     events: broadcast::Sender<Event>,
@@ -135,6 +137,7 @@ impl Context {
             options,
             node_id: rand::random::<u64>().max(1),
             gate: Arc::default(),
+            backup: AtomicBool::new(false),
             next_ino: AtomicU64::new(16),
             front: RwLock::new(None),
             events: broadcast::Sender::new(EVENT_CAPACITY),
@@ -156,6 +159,16 @@ impl Context {
     /// Whether transactions of applications may be committed at this moment.
     pub fn is_writable(&self) -> bool {
         self.gate.is_open()
+    }
+
+    /// Whether this node keeps a backup.
+    pub fn has_backup(&self) -> bool {
+        self.backup.load(Ordering::Acquire)
+    }
+
+    /// Says that this node keeps a backup.
+    pub fn set_backup(&self) {
+        self.backup.store(true, Ordering::Release);
     }
 
     /// A number that no other file of this node has had.

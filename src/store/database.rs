@@ -161,6 +161,8 @@ pub(super) struct State {
     pub journal_active: bool,
     /// A transaction of a rollback mode is logged and not yet in the state: nothing may change it.
     pub committing: bool,
+    /// An import stands between the reading of the state and its change: applications may not.
+    pub importing: bool,
     pub wal: WalCapture,
     pub snapshots: Vec<Weak<Mutex<Preserved>>>,
     /// What the checksum file says.
@@ -186,6 +188,7 @@ impl State {
             overlay: Overlay::new(dir),
             journal_active: false,
             committing: false,
+            importing: false,
             wal: WalCapture::default(),
             snapshots: Vec::new(),
             saved: SumsHeader::default(),
@@ -298,6 +301,8 @@ pub struct Database {
     pub(super) state: Mutex<State>,
     log: Log,
     counters: Counters,
+    /// Up to this TXID the backup has it; 0: nothing is known of a backup.
+    backed_up: AtomicU64,
     published: Mutex<Published>,
     /// Captured transactions whose flush is still to come, oldest first.
     pending: Mutex<VecDeque<Published>>,
@@ -325,6 +330,7 @@ impl Database {
             state: Mutex::new(State::new(dir)),
             log,
             counters: Counters::default(),
+            backed_up: AtomicU64::new(0),
             published: Mutex::default(),
             pending: Mutex::default(),
             replica: Mutex::default(),
@@ -375,6 +381,25 @@ impl Database {
     /// Counts of operations.
     pub fn counters(&self) -> &Counters {
         &self.counters
+    }
+
+    /// The high-water mark: up to this TXID a backup has the database; 0 without a backup.
+    pub fn backed_up(&self) -> u64 {
+        self.backed_up.load(Ordering::Acquire)
+    }
+
+    /// Sets the high-water mark: log records above it are not pruned.
+    pub fn note_backed_up(&self, txid: u64) {
+        self.backed_up.store(txid, Ordering::Release);
+    }
+
+    /// The newest record that may be pruned as far as a backup is concerned.
+    pub(super) fn prunable(&self) -> u64 {
+        match self.backed_up() {
+            0 if self.context.has_backup() => 0,
+            0 => u64::MAX,
+            txid => txid,
+        }
     }
 
     /// What the log holds.

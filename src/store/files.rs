@@ -186,6 +186,9 @@ impl Database {
         if st.committing {
             return Err(self.refuse("a write while a transaction is being committed"));
         }
+        if st.importing {
+            return Err(self.refuse("a change while a database file takes its place"));
+        }
         Ok(())
     }
 

@@ -30,6 +30,7 @@ mod error;
 mod files;
 pub mod front;
 mod gate;
+mod import;
 mod index;
 mod intent;
 mod litefs;
@@ -58,6 +59,7 @@ pub use database::{Counters, Database, DbFile, FileKind};
 pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;
 pub use files::Done;
+pub use import::ImportError;
 pub use log::LogStats;
 pub use names::{Name, check_database};
 pub use receive::Received;
@@ -362,7 +364,21 @@ impl Store {
         Some(self.in_step_at.load(Ordering::Acquire)).filter(|t| *t != NEVER_IN_STEP)
     }
 
-    /// Removes log records that are older than the retention, in every database.
+    /// Says that this node keeps a backup: from now on nothing is pruned that it is not known to have.
+    pub fn keep_for_backup(&self) {
+        self.context.set_backup();
+    }
+
+    /// Notes what the primary says of its backup: it has the database up to this TXID; 0: there is
+    /// none.
+    pub fn note_high_water(&self, name: &str, txid: u64) {
+        if let Some(db) = self.database(name) {
+            db.note_backed_up(txid);
+        }
+    }
+
+    /// Removes log records that are older than the retention and in the backup, if there is one, in
+    /// every database.
     pub fn prune(&self) {
         for db in self.databases() {
             if let Err(e) = db.prune_log(self.context.options.retention) {

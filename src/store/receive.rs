@@ -37,7 +37,7 @@ pub(super) struct Spool {
 }
 
 impl Spool {
-    fn new(dir: &Path) -> Spool {
+    pub fn new(dir: &Path) -> Spool {
         Spool {
             memory: Vec::new(),
             file: None,
@@ -45,7 +45,7 @@ impl Spool {
         }
     }
 
-    fn add(&mut self, data: &[u8]) -> io::Result<()> {
+    pub fn add(&mut self, data: &[u8]) -> io::Result<()> {
         if self.file.is_none() && self.memory.len() + data.len() > SPOOL_MEMORY {
             let mut file = tempfile::tempfile_in(&self.dir)?;
             file.write_all(&self.memory)?;
@@ -93,7 +93,7 @@ pub(super) struct Incoming {
     /// Its pages with their checksums, ascending.
     pub pages: Vec<(u32, u64)>,
     /// What page 1 says of the journal mode, if page 1 is among them.
-    wal_mode: Option<bool>,
+    pub wal_mode: Option<bool>,
     pub spool: Spool,
 }
 

@@ -78,6 +78,21 @@ impl Database {
         }))
     }
 
+    /// Whether the log shows that this position is in the database's past.
+    pub fn log_follows(&self, pos: Pos) -> Result<bool, StoreError> {
+        let Some(mut record) = self.log().read(pos.txid + 1)? else {
+            return Ok(false);
+        };
+        let mut head = [0u8; crate::ltx::HEADER_SIZE];
+        record
+            .body
+            .read_exact(&mut head)
+            .map_err(StoreError::io("read log segment", &record.path))?;
+        let header =
+            Header::decode(&head).map_err(StoreError::ltx(record.path.display().to_string()))?;
+        Ok(header.pre_apply_pos() == pos)
+    }
+
     /// Flushes what is applied, so that [`Database::pos`] is all there is. A failure is logged by
     /// the log, which then takes no more transactions.
     pub(super) fn settle(&self) {

@@ -27,7 +27,7 @@ use super::shm::SharedIndex;
 use super::sums::SumsHeader;
 
 /// How long an apply waits for readers, holding new ones up, before it gives up for this time.
-const READER_WAIT: Duration = Duration::from_secs(10);
+pub(super) const READER_WAIT: Duration = Duration::from_secs(10);
 /// Up to this many pages are invalidated one by one, more at once.
 const SINGLE_INVALIDATIONS: usize = 64;
 
@@ -49,7 +49,7 @@ impl ReplicaLocks {
     }
 
     /// The database file in the mount.
-    fn database(&mut self, db: &Database, ino: u64) -> Result<&File, StoreError> {
+    pub fn database(&mut self, db: &Database, ino: u64) -> Result<&File, StoreError> {
         if self.database.as_ref().is_none_or(|(i, _)| *i != ino) {
             self.close(db);
             let file = db
@@ -86,7 +86,7 @@ impl ReplicaLocks {
         .map_err(StoreError::io("lock", db.mount_name(FileKind::Database)))?;
         if !locked {
             let range = (locks::SHARED_FIRST, locks::SHARED_SIZE);
-            return Err(lock_timeout(db, file.as_fd(), range, "a shared lock"));
+            return Err(held_lock_timeout(db, file.as_fd(), range, "a shared lock"));
         }
         if let Some(front) = db.context.front() {
             front.invalidate_entry(&db.mount_name(FileKind::Shm));
@@ -97,16 +97,26 @@ impl ReplicaLocks {
 }
 
 /// The error for a lock that was not to be had; who has it is logged, at most once a minute.
-fn lock_timeout(
+fn held_lock_timeout(
     db: &Database,
     fd: BorrowedFd<'_>,
     (start, len): (u64, u64),
     lock: &'static str,
 ) -> StoreError {
+    let holder = locks::holder(fd, start, len).map_or_else(String::new, describe);
+    timed_out(db, lock, holder)
+}
+
+/// The same for something of which it cannot be told who has it.
+pub(super) fn lock_timeout(db: &Database, lock: &'static str) -> StoreError {
+    timed_out(db, lock, String::new())
+}
+
+fn timed_out(db: &Database, lock: &'static str, holder: String) -> StoreError {
     let e = StoreError::LockTimeout {
         db: db.name.clone(),
         lock,
-        holder: locks::holder(fd, start, len).map_or_else(String::new, describe),
+        holder,
         seconds: READER_WAIT.as_secs(),
     };
     db.warn_rarely(&e);
@@ -123,14 +133,14 @@ fn describe(pid: i32) -> String {
 }
 
 /// SQLite's exclusive lock on the database file, PENDING first so that new readers wait.
-struct Exclusive<'a> {
+pub(super) struct Exclusive<'a> {
     file: &'a File,
     /// What to leave behind: a connection in WAL mode keeps its shared lock.
     keep_shared: bool,
 }
 
 impl<'a> Exclusive<'a> {
-    fn acquire(
+    pub fn acquire(
         db: &Database,
         file: &'a File,
         deadline: Instant,
@@ -149,7 +159,7 @@ impl<'a> Exclusive<'a> {
             let locked = locks::lock_until(file.as_fd(), LockKind::Exclusive, start, len, deadline)
                 .map_err(StoreError::io("lock", db.mount_name(FileKind::Database)))?;
             if !locked {
-                return Err(lock_timeout(db, file.as_fd(), (start, len), name));
+                return Err(held_lock_timeout(db, file.as_fd(), (start, len), name));
             }
         }
         Ok(exclusive)
@@ -195,13 +205,7 @@ impl Database {
         };
         let captured = incoming.captured(was_wal);
         if incoming.header.is_snapshot() {
-            self.forget_captured();
-            // The last checkpoint may be of another history, and say nothing of this log.
-            let mut st = self.lock();
-            st.saved = SumsHeader {
-                sequence: st.saved.sequence,
-                ..Default::default()
-            };
+            self.begin_snapshot();
         }
         if captured.commit == 0 {
             self.append_incoming(incoming, true)?;
@@ -212,16 +216,27 @@ impl Database {
             locks.close(self);
             self.apply_new(&captured, incoming)?;
         } else {
-            if has_wal && page_size != captured.page_size {
-                self.leave_wal(locks, ino, Instant::now() + READER_WAIT)?;
-            }
-            if has_wal && page_size == captured.page_size {
+            // Pages of another size: the WAL goes if nobody uses it, else it starts over with them.
+            let keeps_wal =
+                has_wal && (page_size == captured.page_size || !self.try_leave_wal(locks, ino)?);
+            if keeps_wal {
                 self.apply_to_wal(locks, ino, &captured, incoming)?;
             } else {
                 self.apply_in_place(locks, ino, &captured, incoming)?;
             }
         }
         self.settle_mode(locks)
+    }
+
+    /// A snapshot is to take the place of everything.
+    pub(super) fn begin_snapshot(&self) {
+        self.forget_captured();
+        // The last checkpoint may be of another history, and say nothing of this log.
+        let mut st = self.lock();
+        st.saved = SumsHeader {
+            sequence: st.saved.sequence,
+            ..Default::default()
+        };
     }
 
     /// Has a WAL if the database asks for one, and gives up one that it asks for no more.
@@ -238,12 +253,22 @@ impl Database {
             self.ensure_wal()?;
         } else if !wal_mode && has_wal {
             // While a connection is open in WAL mode it stays; the next transaction tries again.
-            match self.leave_wal(locks, ino, Instant::now()) {
-                Err(StoreError::LockTimeout { .. }) | Ok(()) => {}
-                Err(e) => return Err(e),
-            }
+            self.try_leave_wal(locks, ino)?;
         }
         Ok(())
+    }
+
+    /// Gives the WAL up if no connection has the database open in WAL mode; whether it did.
+    pub(super) fn try_leave_wal(
+        self: &Arc<Self>,
+        locks: &mut ReplicaLocks,
+        ino: u64,
+    ) -> Result<bool, StoreError> {
+        match self.leave_wal(locks, ino, Instant::now()) {
+            Ok(()) => Ok(true),
+            Err(StoreError::LockTimeout { .. }) => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// A replica's database in WAL mode always has a WAL: readers cannot create one there.
@@ -360,7 +385,8 @@ impl Database {
         Ok(())
     }
 
-    fn apply_in_place(
+    /// Writes the pages into the database file, under SQLite's exclusive lock.
+    pub(super) fn apply_in_place(
         self: &Arc<Self>,
         locks: &mut ReplicaLocks,
         ino: u64,
@@ -530,5 +556,5 @@ pub(super) fn index_lock<'a>(
         Instant::now() + READER_WAIT,
     )
     .map_err(StoreError::io("lock", db.mount_name(FileKind::Shm)))?
-    .ok_or_else(|| lock_timeout(db, file.as_fd(), (start, len), name))
+    .ok_or_else(|| held_lock_timeout(db, file.as_fd(), (start, len), name))
 }

@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::sqlite::locks::{self, LockKind, WAL_CKPT_LOCK, WAL_WRITE_LOCK, wal_read_lock};
 use crate::sqlite::wal::{FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalHeader};
@@ -21,16 +22,25 @@ use super::capture::Captured;
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
 use super::receive::Incoming;
-use super::replica::{ReplicaLocks, index_lock};
+use super::replica::{READER_WAIT, ReplicaLocks, index_lock, lock_timeout};
 use super::shm::SharedIndex;
 use super::wal::{Frame, newest_frames, note_newest};
 
 /// Frames that are not in the database file before they are copied there, as SQLite's default.
 const CHECKPOINT_FRAMES: usize = 1000;
+/// How often readers are looked at while they hold up a change of the page size.
+const DRAIN_PAUSE: Duration = Duration::from_millis(5);
 /// Bytes of frames gathered for one write.
 const WRITE_BUFFER: usize = 1 << 20;
 /// How many bytes more of the WAL are reserved than are needed at once.
 const RESERVE_STEP: u64 = 256 << 10;
+
+impl State {
+    /// Whether there is a WAL whose frames are of another size.
+    pub(super) fn wal_has_other_pages(&self, page_size: u32) -> bool {
+        self.wal.header.is_some_and(|h| h.page_size != page_size)
+    }
+}
 
 impl Database {
     /// Appends a transaction to the WAL and publishes it to readers.
@@ -50,6 +60,10 @@ impl Database {
             .try_clone()
             .map_err(StoreError::io("reopen", self.mount_name(FileKind::Shm)))?;
         let write_lock = index_lock(self, &fd, WAL_WRITE_LOCK, 1, "the WAL's WRITE lock")?;
+        if self.lock().wal_has_other_pages(c.page_size) {
+            let _checkpointer = index_lock(self, &fd, WAL_CKPT_LOCK, 1, "the WAL's CKPT lock")?;
+            self.empty_wal(shared, ino, Instant::now() + READER_WAIT)?;
+        }
         let start = {
             let mut st = self.lock();
             self.restart_wal(&mut st, shared)?;
@@ -96,7 +110,11 @@ impl Database {
             let st = self.lock();
             let file = st.files.wal.clone();
             let file = file.ok_or_else(|| StoreError::Deleted(self.mount_name(FileKind::Wal)))?;
-            let written = c.changed.iter().filter(|(p, s)| st.sums.get(*p) != *s);
+            let other_size = st.page_size != c.page_size;
+            let written = c
+                .changed
+                .iter()
+                .filter(|(p, s)| other_size || st.sums.get(*p) != *s);
             let (start, from) = (st.wal.committed, st.wal.committed_end());
             (file, start, from, written.count().max(1))
         };
@@ -142,8 +160,11 @@ impl Database {
         let mut out = Vec::new();
         let mut at = st.wal.committed_end();
         let header = match st.wal.header {
-            Some(h) => h,
-            None => {
+            Some(h) if h.page_size == c.page_size => h,
+            Some(_) if st.wal.committed > 0 => {
+                return Err(self.refuse("pages of another size behind those in the WAL"));
+            }
+            _ => {
                 let h = WalHeader::new(c.page_size, 0, rand::random(), rand::random());
                 st.wal.header = Some(h);
                 h
@@ -161,7 +182,9 @@ impl Database {
             .changed
             .iter()
             .copied()
-            .filter(|(p, s)| st.sums.get(*p) != *s || *p > st.page_count)
+            .filter(|(p, s)| {
+                st.page_size != c.page_size || st.sums.get(*p) != *s || *p > st.page_count
+            })
             .collect();
         if pages.is_empty() {
             // The commit needs a frame to stand on.
@@ -247,6 +270,64 @@ impl Database {
             salt2: wal.salt2,
         });
         Ok(())
+    }
+
+    /// Puts everything into the database file and starts the WAL over, which needs every reader of
+    /// the WAL to end its transaction once. Under the WRITE and CKPT locks.
+    pub(super) fn empty_wal(
+        &self,
+        shared: &mut SharedIndex,
+        ino: u64,
+        deadline: Instant,
+    ) -> Result<(), StoreError> {
+        self.log().flush_wait()?;
+        while !self.try_empty_wal(shared, ino)? {
+            if Instant::now() >= deadline {
+                return Err(lock_timeout(self, "readers to end, for another page size"));
+            }
+            std::thread::sleep(DRAIN_PAUSE);
+        }
+        Ok(())
+    }
+
+    fn try_empty_wal(&self, shared: &mut SharedIndex, ino: u64) -> Result<bool, StoreError> {
+        let name = self.mount_name(FileKind::Shm);
+        let io = |e| StoreError::io("lock", &name)(e);
+        let fd = shared
+            .file
+            .try_clone()
+            .map_err(StoreError::io("reopen", &name))?;
+        let fd = fd.as_fd();
+        let index = shared.ensure(self, 1)?;
+        let committed = self.lock().wal.committed;
+        if committed == 0 {
+            return Ok(true);
+        }
+        if (safe_frame(fd, index, committed as u32).map_err(io)? as usize) < committed
+            || !locks::try_lock(fd, LockKind::Exclusive, wal_read_lock(0), 1).map_err(io)?
+        {
+            return Ok(false);
+        }
+        {
+            let _read0 = locks_guard(fd, wal_read_lock(0), 1);
+            let mut st = self.lock();
+            self.backfill_all(&mut st)?;
+            st.wal.backfilled = committed;
+            let page_size = st.page_size;
+            drop(st);
+            self.invalidate_pages(ino, page_size, &[]);
+            // From now on readers take nothing from the WAL, and the others end one by one.
+            if index
+                .read_header()
+                .is_some_and(|h| h.mx_frame as usize == committed)
+            {
+                index.set_n_backfill_attempted(committed as u32);
+                index.set_n_backfill(committed as u32);
+            }
+        }
+        let mut st = self.lock();
+        self.restart_wal(&mut st, shared)?;
+        Ok(st.wal.committed == 0)
     }
 
     /// Starts the WAL over if everything in it is in the database file and nobody reads it. Under

@@ -138,27 +138,56 @@ impl Snapshot {
         };
         let mut encoder = Encoder::new(w, header).map_err(StoreError::ltx(context()))?;
         let lock_page = ltx::lock_pgno(header.page_size);
-        let mut pages = vec![0u8; (header.page_size * PAGES_PER_LOCK) as usize];
+        self.for_pages(|pgno, page| {
+            if pgno == lock_page {
+                return Ok(());
+            }
+            encoder.page(pgno, page).map_err(StoreError::ltx(context()))
+        })?;
+        encoder
+            .finish(self.checksum)
+            .map_err(StoreError::ltx(context()))?;
+        Ok(self.pos())
+    }
+
+    /// Size in bytes of what [`Snapshot::write_database`] writes; 0: there is no database.
+    pub fn database_size(&self) -> u64 {
+        u64::from(self.header.commit) * u64::from(self.header.page_size)
+    }
+
+    /// Writes it as a SQLite database file, complete without a WAL; the page of the lock bytes is
+    /// zeros. `w` should buffer.
+    pub fn write_database(&mut self, w: &mut dyn Write) -> Result<(), StoreError> {
+        let db = self.db.clone();
+        self.for_pages(|_, page| {
+            w.write_all(page)
+                .map_err(StoreError::io("write an export of", &db.dir))
+        })
+    }
+
+    /// Calls `each` for every page, ascending; the lock page is zeros.
+    fn for_pages(
+        &self,
+        mut each: impl FnMut(u32, &[u8]) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        let Header {
+            page_size, commit, ..
+        } = self.header;
+        let lock_page = ltx::lock_pgno(page_size);
+        let mut pages = vec![0u8; (page_size * PAGES_PER_LOCK) as usize];
         let mut next = 1;
-        while next <= header.commit {
-            let last = next.saturating_add(PAGES_PER_LOCK - 1).min(header.commit);
+        while next <= commit {
+            let last = next.saturating_add(PAGES_PER_LOCK - 1).min(commit);
             self.read_pages(next, last, lock_page, &mut pages)?;
-            for (pgno, page) in (next..=last).zip(pages.chunks_exact(header.page_size as usize)) {
-                if pgno != lock_page {
-                    encoder
-                        .page(pgno, page)
-                        .map_err(StoreError::ltx(context()))?;
-                }
+            for (pgno, page) in (next..=last).zip(pages.chunks_exact(page_size as usize)) {
+                each(pgno, page)?;
             }
             let Some(after) = last.checked_add(1) else {
                 break;
             };
             next = after;
         }
-        encoder
-            .finish(self.checksum)
-            .map_err(StoreError::ltx(context()))?;
-        Ok(self.pos())
+        Ok(())
     }
 
     fn read_pages(
@@ -174,6 +203,7 @@ impl Snapshot {
             (first..=last).zip(pages.chunks_exact_mut(self.header.page_size as usize))
         {
             if pgno == lock_page {
+                page.fill(0);
                 continue;
             }
             let kept = preserved

@@ -476,8 +476,8 @@ impl Applier {
                     }
                 }
                 Frame::DropDb { name } => self.note_unknown(&name),
-                // Without a backup of its own the replica's log is kept by age alone.
-                Frame::HighWaterMark { .. } => {}
+                // Log records above it are kept: this node may have to go on with the backup.
+                Frame::HighWaterMark { txid, name } => self.store.note_high_water(&name, txid),
                 Frame::Handoff { lease_id } => return Ok(Ended::Handoff(lease_id)),
                 Frame::End => return Ok(Ended::End),
             }

@@ -351,7 +351,7 @@ impl Sender<'_> {
         let mut bytes = Vec::new();
         encode_ltx(name, &record.bytes, &mut bytes);
         Frame::HighWaterMark {
-            txid: 0,
+            txid: self.store.database(name).map_or(0, |db| db.backed_up()),
             name: name.to_owned(),
         }
         .encode(&mut bytes);

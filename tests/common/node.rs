@@ -1,5 +1,6 @@
 //! One node: the real program with a configuration file of its own.
 
+use std::collections::BTreeSet;
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -8,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::net::Namespace;
@@ -29,6 +30,8 @@ pub struct Options {
     pub primary: (String, String),
     /// `data.retention`, when it is not the default.
     pub retention: Option<&'static str>,
+    /// `backup.path` of a backup of type file.
+    pub backup: Option<PathBuf>,
     /// `strict-verify`: the node recomputes the checksum after each transaction.
     pub strict_verify: bool,
     /// The whole configuration file, which then says nothing of the rest; `http` is its address.
@@ -58,6 +61,7 @@ impl Options {
             primary: (name.to_string(), http.clone()),
             http,
             retention: None,
+            backup: None,
             strict_verify: false,
             file: None,
             more_yaml: String::new(),
@@ -109,9 +113,13 @@ impl Options {
                 self.primary.0, self.primary.1,
             ),
         };
+        let backup = match &self.backup {
+            Some(path) => format!("backup:\n  type: file\n  path: {path:?}\n"),
+            None => String::new(),
+        };
         // A quoted Rust string of such a path is a quoted YAML string.
         format!(
-            "fuse:\n  dir: {mount:?}\n\
+            "{backup}fuse:\n  dir: {mount:?}\n\
              data:\n  dir: {data:?}\n  compress: {}\n{retention}\
              http:\n  addr: \"{}\"\n\
              strict-verify: {}\n\
@@ -131,11 +139,17 @@ fn stop_with_parent() -> std::io::Result<()> {
     }
 }
 
-/// An address on the loopback, outside of the range that the kernel gives to others by itself.
+/// An address on the loopback, outside of the range that the kernel gives to others by itself, and
+/// given only once: a node may listen there only later.
 pub fn free_address() -> String {
+    static GIVEN: Mutex<BTreeSet<u16>> = Mutex::new(BTreeSet::new());
     loop {
         let port = rand::random_range(12_000..32_000);
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let new = GIVEN
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(port);
+        if new && TcpListener::bind(("127.0.0.1", port)).is_ok() {
             return format!("127.0.0.1:{port}");
         }
     }

@@ -8,6 +8,7 @@ mod log;
 mod log_damage;
 mod receive;
 mod recovery;
+mod restore;
 mod roles;
 mod snapshots;
 mod sums;
