@@ -1,12 +1,15 @@
 //! A node: builds its parts out of a configuration, and starts and stops them in order. The one
 //! place that knows every part; [`backend`] alone knows which lease backends there are.
 //!
-//! Start: listeners, data directory (recovered), mount, role, and then answers on HTTP and the proxy.
-//! Stop: the proxy (no more requests of clients), role (no more writes),
+//! Start: listeners, data directory (recovered), mount, role, and then answers on HTTP and the proxy,
+//! and what the node is to run ([`exec`]).
+//! Stop: what the node runs, the proxy (no more requests of clients), role (no more writes),
 //! streams and HTTP, databases (everything in place and saved), and the mount last, lazily, so
 //! that open files never keep a node from ending.
 
 mod backend;
+pub mod check;
+mod exec;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,14 +17,14 @@ use std::time::Duration;
 
 use tenure_lease::LeaseError;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::backup::file::FileBackup;
 use crate::backup::{self, BackupClient, BackupError};
 use crate::config::{Config, LeaseKind};
-use crate::fuse::{Mount, MountError, MountOptions};
+use crate::fuse::{Mount, MountError, MountOptions, Observers, PrimaryName};
 use crate::http::api::Api;
 use crate::http::server::{Server, ServerError};
 use crate::proxy::{self, Proxy};
@@ -29,6 +32,7 @@ use crate::role::{self, Parts, Promoter, RoleConfig, RoleError, Status};
 use crate::store::{Options as StoreOptions, Store, StoreError};
 use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
+use crate::telemetry::operations::OperationLog;
 
 /// How long each part may take to stop.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
@@ -70,36 +74,74 @@ pub enum NodeError {
     /// The lease backend as it is configured.
     #[error(transparent)]
     Lease(LeaseError),
+    /// The operation log.
+    #[error("tracing.path: cannot write {}: {source}", path.display())]
+    OperationLog {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: std::io::Error,
+    },
     /// The system.
     #[error("{0}: {1}")]
     System(&'static str, std::io::Error),
 }
 
-/// Runs a node until SIGINT or SIGTERM.
-pub async fn run(config: Config, options: Options) -> Result<(), NodeError> {
+/// Runs a node until SIGINT or SIGTERM, or until what it runs (`exec`) has ended. Gives the exit code.
+pub async fn run(config: Config, options: Options) -> Result<u8, NodeError> {
     let mut interrupt = signal(SignalKind::interrupt())
         .map_err(|e| NodeError::System("cannot handle SIGINT", e))?;
     let mut terminate = signal(SignalKind::terminate())
         .map_err(|e| NodeError::System("cannot handle SIGTERM", e))?;
     let node = Node::start(&config, options).await?;
     tracing::info!(mount = %config.fuse.dir.display(), http = %node.addr, data = %config.data.dir.display(), "ready to be used");
+    tell_systemd(sd_notify::NotifyState::Ready);
+    let (tell, told) = mpsc::unbounded_channel();
+    // It ends soon after it is told a signal.
+    let application = exec::run(exec::Plan::of(&config), node.status.clone(), told);
+    tokio::pin!(application);
     let mut unmounted = node.mount.ended();
     let mut role = node.role;
     let mut ended = None;
-    tokio::select! {
-        _ = interrupt.recv() => tracing::info!("SIGINT: stopping"),
-        _ = terminate.recv() => tracing::info!("SIGTERM: stopping"),
-        _ = unmounted.wait_for(|u| *u) => ended = Some(NodeError::Unmounted(config.fuse.dir.clone())),
-        r = &mut role => ended = Some(match r {
-            Ok(Err(e)) => NodeError::Role(e),
-            _ => NodeError::Ended("the role loop"),
-        }),
-    }
+    let code = loop {
+        let told = tokio::select! {
+            code = &mut application => break code,
+            _ = interrupt.recv() => {
+                tracing::info!("SIGINT: stopping");
+                libc::SIGINT
+            }
+            _ = terminate.recv() => {
+                tracing::info!("SIGTERM: stopping");
+                libc::SIGTERM
+            }
+            _ = unmounted.wait_for(|u| *u), if ended.is_none() => {
+                ended = Some(NodeError::Unmounted(config.fuse.dir.clone()));
+                libc::SIGTERM
+            }
+            r = &mut role, if ended.is_none() => {
+                ended = Some(match r {
+                    Ok(Err(e)) => NodeError::Role(e),
+                    _ => NodeError::Ended("the role loop"),
+                });
+                libc::SIGTERM
+            }
+        };
+        // It cannot be told any more if it has just ended.
+        let _ = tell.send(told);
+    };
+    tell_systemd(sd_notify::NotifyState::Stopping);
     let node = Node { role, ..node };
     node.stop().await;
     match ended {
         Some(e) => Err(e),
-        None => Ok(()),
+        None => Ok(code),
+    }
+}
+
+/// Tells systemd, if that started the node and wants to know (`Type=notify`).
+fn tell_systemd(state: sd_notify::NotifyState) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "systemd cannot be told what the node does");
     }
 }
 
@@ -114,6 +156,8 @@ struct Node {
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
     backup: Option<JoinHandle<()>>,
+    status: watch::Receiver<Status>,
+    operations: Option<OperationLog>,
 }
 
 impl Node {
@@ -137,15 +181,20 @@ impl Node {
             blocking(move || backup::task::restore_at_start(&store, &*client)).await??;
         }
         let stats = Arc::new(Stats::default());
+        let (status_tx, status) = watch::channel(Status::default());
+        let operations = operation_log(config).await?;
         let mount_options = MountOptions {
             dir: config.fuse.dir.clone(),
             allow_other: config.fuse.allow_other,
             skip_unmount: options.skip_unmount,
+            observers: Observers {
+                log: operations.clone(),
+                primary: Some(primary_name(status.clone())),
+            },
         };
         let mounting = store.clone();
         let mount = blocking(move || Mount::start(&mounting, &mount_options)).await??;
         let (shutdown, stop) = watch::channel(false);
-        let (status_tx, status) = watch::channel(Status::default());
         let (commands, queue) = role::commands(status.clone());
         let replicas = Arc::new(Replicas::default());
         let candidate = config.lease.candidate;
@@ -197,7 +246,7 @@ impl Node {
         let proxy = proxy.map(|proxy| {
             proxy.serve(proxy::Node {
                 store: store.clone(),
-                status,
+                status: status.clone(),
             })
         });
         let retention = tokio::spawn(retention(
@@ -215,6 +264,8 @@ impl Node {
             proxy,
             retention,
             backup,
+            status,
+            operations,
         })
     }
 
@@ -248,7 +299,32 @@ impl Node {
         if closed.await.is_err() {
             tracing::error!("the databases could not be closed: the next start recovers them");
         }
+        if let Some(log) = self.operations
+            && !matches!(blocking(move || log.flush(STOP_TIMEOUT)).await, Ok(true))
+        {
+            tracing::warn!("the operation log (tracing) lacks the last operations");
+        }
     }
+}
+
+/// Starts the operation log, if one is to be kept.
+async fn operation_log(config: &Config) -> Result<Option<OperationLog>, NodeError> {
+    let Some(path) = config.tracing_file().map(PathBuf::from) else {
+        return Ok(None);
+    };
+    let (file, settings) = (path.clone(), config.tracing.clone());
+    match blocking(move || OperationLog::start(&file, &settings)).await? {
+        Ok(log) => Ok(Some(log)),
+        Err(source) => Err(NodeError::OperationLog { path, source }),
+    }
+}
+
+/// Says who is primary, for messages.
+fn primary_name(status: watch::Receiver<Status>) -> PrimaryName {
+    Arc::new(move || {
+        let primary = status.borrow().primary.clone()?;
+        Some((primary.hostname, primary.advertise_url))
+    })
 }
 
 /// Removes old transactions now and then.

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::helper::Session;
 use common::{Cluster, sqlite3};
-use tenure::fuse::{Mount, MountOptions};
+use tenure::fuse::{Mount, MountOptions, Observers};
 use tenure::store::{Next, Options, Role, Store};
 
 helper_test!();
@@ -42,6 +42,7 @@ impl<'a> Live<'a> {
             dir: dir.join("mount"),
             allow_other: false,
             skip_unmount: false,
+            observers: Observers::default(),
         };
         let mount = Mount::start(&store, &options).unwrap();
         Live {

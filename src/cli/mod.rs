@@ -10,9 +10,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
 mod client;
+mod docs;
 mod export;
 mod import;
 pub mod ltx;
@@ -40,6 +41,10 @@ enum Command {
     /// Look into transaction files and log segments.
     #[command(subcommand)]
     Ltx(ltx::LtxCommand),
+    /// Print a script that completes Tenure's command lines in a shell.
+    Completions(docs::CompletionsArgs),
+    /// Print the man page, or write one for each command into a directory.
+    Man(docs::ManArgs),
     /// Print the version.
     Version,
 }
@@ -53,6 +58,8 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             Command::Export(args) => export::run(args),
             Command::Import(args) => import::run(args),
             Command::Ltx(command) => ltx::run(command),
+            Command::Completions(args) => docs::completions(&args, Cli::command()),
+            Command::Man(args) => docs::man(&args, Cli::command()),
             Command::Version => {
                 // Nobody is left to be told if this fails.
                 let _ = writeln!(std::io::stdout(), "tenure {}", env!("CARGO_PKG_VERSION"));

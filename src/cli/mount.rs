@@ -1,6 +1,7 @@
 //! `tenure mount`: runs a node until it is told to stop.
 
 use std::ffi::OsString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -28,6 +29,10 @@ pub(super) struct MountArgs {
     /// Leave a dead mount of an earlier run alone: the start fails if there is one.
     #[arg(long)]
     pub skip_unmount: bool,
+    /// Say whether a node could run with this configuration, and what it would be, without
+    /// starting one.
+    #[arg(long)]
+    pub check: bool,
     /// Log debug messages.
     #[arg(long)]
     pub debug: bool,
@@ -51,6 +56,9 @@ pub(super) fn run(args: MountArgs) -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if args.check {
+        return check(&config);
+    }
     if let Some(problem) = config.unsupported() {
         report(&problem);
         return ExitCode::from(2);
@@ -75,8 +83,9 @@ pub(super) fn run(args: MountArgs) -> ExitCode {
         skip_unmount: args.skip_unmount,
     };
     runtime.block_on(async {
-        let Err(e) = node::run(config, options).await else {
-            return ExitCode::SUCCESS;
+        let e = match node::run(config, options).await {
+            Ok(code) => return ExitCode::from(code),
+            Err(e) => e,
         };
         report(&e);
         if !exit_on_error {
@@ -96,24 +105,39 @@ fn configure(args: &MountArgs) -> Result<Config, ConfigError> {
     config.log.debug |= args.debug;
     config.fuse.debug |= args.fuse_debug;
     if !args.exec.is_empty() {
-        let words: Vec<String> = args.exec.iter().map(quoted).collect();
         config.exec = vec![ExecConfig {
-            cmd: words.join(" "),
+            cmd: args.exec.clone(),
             if_candidate: false,
         }];
     }
     Ok(config)
 }
 
-/// An argument as a word of a command line that a shell would split again.
-fn quoted(arg: &OsString) -> String {
-    let arg = arg.to_string_lossy();
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=@%+,".contains(c);
-    if !arg.is_empty() && arg.chars().all(plain) {
-        arg.into_owned()
-    } else {
-        format!("'{}'", arg.replace('\'', r"'\''"))
+/// Says whether a node could run: one line and exit code 0, or what is in the way and 2.
+fn check(config: &Config) -> ExitCode {
+    let runtime = match tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(e) => {
+            report(&format_args!("cannot set up the network: {e}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let mut problems: Vec<String> = config.unsupported().into_iter().collect();
+    problems.extend(runtime.block_on(node::check::problems(config)));
+    // A look-up of a name, or a look at a directory, that hangs is not waited for.
+    runtime.shutdown_background();
+    for problem in &problems {
+        report(problem);
     }
+    if !problems.is_empty() {
+        return ExitCode::from(2);
+    }
+    // Without a standard output there is nobody to tell.
+    let _ = writeln!(std::io::stdout(), "{}", node::check::summary(config));
+    ExitCode::SUCCESS
 }
 
 /// Waits for SIGINT or SIGTERM.
@@ -140,6 +164,7 @@ mod tests {
             config: None,
             no_expand_env: false,
             skip_unmount: false,
+            check: false,
             debug: false,
             fuse_debug: false,
             tracing: false,
@@ -158,14 +183,14 @@ mod tests {
         })
         .unwrap();
         assert!(config.log.debug && config.fuse.debug);
-        assert_eq!(config.exec[0].cmd, r"sh -c 'echo '\''x'\'''");
+        assert_eq!(config.exec[0].cmd, ["sh", "-c", "echo 'x'"]);
         assert_eq!(config.data.dir, std::path::Path::new("/srv/.mnt"));
     }
 
     #[test]
     fn a_configuration_that_cannot_be_used_is_exit_code_2() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        for text in ["fuse: {dri: x}", "exec: server"] {
+        for text in ["fuse: {dri: x}", "lease: {advertise-url: 'https://p:1'}"] {
             std::fs::write(file.path(), text).unwrap();
             let code = run(MountArgs {
                 config: Some(file.path().into()),

@@ -135,15 +135,8 @@ impl Config {
     /// not start with it, for it would silently be less than was asked for.
     pub fn unsupported(&self) -> Option<String> {
         let https = self.lease.advertise_url.starts_with("https:");
-        let feature = https
-            .then_some("TLS (https in lease.advertise-url)")
-            .or((!self.exec.is_empty()).then_some("exec"))
-            .or(self
-                .tracing_file()
-                .map(|_| "the rolling trace log (tracing.path)"))?;
-        Some(format!(
-            "{feature} is not available in this version of Tenure"
-        ))
+        let what = "TLS (https in lease.advertise-url) is not available in this version of Tenure";
+        https.then(|| what.to_owned())
     }
 
     /// The file of the rolling trace log, if one is to be written.

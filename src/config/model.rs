@@ -1,6 +1,7 @@
 //! What a configuration says, as plain values. Keys and defaults are LiteFS's, so that a
 //! `litefs.yml` works unchanged; what LiteFS does not have says so.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -67,8 +68,8 @@ pub struct DataConfig {
 /// An entry of `exec`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExecConfig {
-    /// The command line. Never empty.
-    pub cmd: String,
+    /// The program and its arguments; `cmd` split as a shell splits it. Never empty.
+    pub cmd: Vec<OsString>,
     /// Whether it runs on candidates only. Default false.
     pub if_candidate: bool,
 }

@@ -3,6 +3,7 @@
 //! Each value is checked by itself here, and each section's keys are complete; what sections say
 //! together is `validate`'s.
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use super::ConfigError;
@@ -75,11 +76,13 @@ pub fn config(mut root: Section) -> Result<Config> {
 
 /// `exec`: one command line, or a list of `{cmd, if-candidate}`.
 fn exec(root: &Section, node: &Node) -> Result<Vec<ExecConfig>> {
-    let command = |cmd: String, if_candidate| {
-        if cmd.trim().is_empty() {
-            return Err(root.invalid("exec", "a command is empty"));
-        }
-        Ok(ExecConfig { cmd, if_candidate })
+    let command = |cmd: String, if_candidate| match shlex::split(&cmd) {
+        None => Err(root.invalid("exec", "a quote is not closed, or a backslash is the last")),
+        Some(words) if words.is_empty() => Err(root.invalid("exec", "a command is empty")),
+        Some(words) => Ok(ExecConfig {
+            cmd: words.into_iter().map(OsString::from).collect(),
+            if_candidate,
+        }),
     };
     let Value::List(items) = &node.value else {
         let cmd = String::from_node(node)

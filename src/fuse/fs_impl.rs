@@ -17,6 +17,7 @@ use crate::store::{Database, DbFile, FileKind, Name, Role, Store, StoreError};
 use super::attr::{self, FOR_EVER};
 use super::crew::Crew;
 use super::nodes::{FileNode, Node, Nodes, ROOT};
+use super::observe::{About, Answer, Observers, Watch};
 
 /// Largest read that is answered at once.
 const MAX_READ: usize = 1 << 20;
@@ -28,7 +29,8 @@ thread_local! {
 /// The file system.
 pub(super) struct TenureFs {
     store: Arc<Store>,
-    nodes: Nodes,
+    nodes: Arc<Nodes>,
+    watch: Arc<Watch>,
     crew: Arc<Crew>,
     /// Whether WAL indexes are passed through to their backing files.
     passthrough: AtomicBool,
@@ -39,10 +41,12 @@ fn errno(e: &StoreError) -> Errno {
 }
 
 impl TenureFs {
-    pub fn new(store: Arc<Store>, crew: Arc<Crew>) -> TenureFs {
+    pub fn new(store: Arc<Store>, crew: Arc<Crew>, observers: Observers) -> TenureFs {
+        let nodes = Arc::new(Nodes::default());
         TenureFs {
+            watch: Watch::new(store.clone(), nodes.clone(), observers),
             store,
-            nodes: Nodes::default(),
+            nodes,
             crew,
             passthrough: AtomicBool::new(false),
         }
@@ -154,7 +158,7 @@ impl TenureFs {
         backing.clone()
     }
 
-    fn read_made_up(text: &str, offset: u64, size: u32, reply: ReplyData) {
+    fn read_made_up(text: &str, offset: u64, size: u32, reply: Answer<ReplyData>) {
         let bytes = text.as_bytes();
         let start = usize::try_from(offset)
             .unwrap_or(usize::MAX)
@@ -173,7 +177,7 @@ impl TenureFs {
     }
 }
 
-fn answer(reply: ReplyEmpty) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
+fn answer(reply: Answer<ReplyEmpty>) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
     move |r| match r {
         Ok(()) => reply.ok(),
         Err(e) => reply.error(errno(&e)),
@@ -199,6 +203,7 @@ impl Filesystem for TenureFs {
 
     fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("lookup", About::Name(name), reply);
         if parent.0 != ROOT {
             return reply.error(Errno::ENOENT);
         }
@@ -237,6 +242,7 @@ impl Filesystem for TenureFs {
 
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("getattr", About::Ino(ino), reply);
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -265,6 +271,12 @@ impl Filesystem for TenureFs {
         reply: ReplyAttr,
     ) {
         let _turn = self.crew.turn();
+        let reply = match size {
+            Some(size) => self
+                .watch
+                .writes("truncate", About::Range(ino, size, 0), reply),
+            None => self.watch.reads("setattr", About::Ino(ino), reply),
+        };
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -291,13 +303,14 @@ impl Filesystem for TenureFs {
 
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("open", About::Ino(ino), reply);
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
         if let Err(e) = self.may_open(&node, flags.0) {
             return reply.error(e);
         }
-        match self.backing(&node, |f| reply.open_backing(f)) {
+        match self.backing(&node, |f| reply.reply().open_backing(f)) {
             Some(id) => reply.opened_passthrough(FileHandle(0), FopenFlags::FOPEN_NOFLUSH, &id),
             None => reply.opened(FileHandle(0), Self::open_flags(&node)),
         }
@@ -314,6 +327,7 @@ impl Filesystem for TenureFs {
         reply: ReplyCreate,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.writes("create", About::Name(name), reply);
         if parent.0 != ROOT {
             return reply.error(Errno::ENOENT);
         }
@@ -334,7 +348,7 @@ impl Filesystem for TenureFs {
                 return reply.error(e);
             }
         };
-        match self.backing(&node, |f| reply.open_backing(f)) {
+        match self.backing(&node, |f| reply.reply().open_backing(f)) {
             Some(id) => reply.created_passthrough(
                 &Duration::ZERO,
                 &a,
@@ -365,6 +379,9 @@ impl Filesystem for TenureFs {
         reply: ReplyData,
     ) {
         let _turn = self.crew.turn();
+        let reply = self
+            .watch
+            .reads("read", About::Range(ino, offset, u64::from(size)), reply);
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -405,6 +422,9 @@ impl Filesystem for TenureFs {
         reply: ReplyWrite,
     ) {
         let _turn = self.crew.turn();
+        let reply = self
+            .watch
+            .writes("write", About::Range(ino, offset, data.len() as u64), reply);
         self.crew.note_write();
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
@@ -435,6 +455,7 @@ impl Filesystem for TenureFs {
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("fsync", About::Ino(ino), reply);
         self.crew.note_wait();
         match self.nodes.get(ino.0) {
             Some(Node::File(f)) => f.db.sync(&f.file, Box::new(answer(reply))),
@@ -446,12 +467,13 @@ impl Filesystem for TenureFs {
     fn flush(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _fh: FileHandle,
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("flush", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
@@ -466,6 +488,7 @@ impl Filesystem for TenureFs {
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("release", About::Ino(ino), reply);
         reply.ok();
         if let Some(Node::File(f)) = self.nodes.get(ino.0) {
             f.db.released(&f.file, flags.0 & libc::O_ACCMODE != libc::O_RDONLY);
@@ -474,6 +497,7 @@ impl Filesystem for TenureFs {
 
     fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.crew.turn();
+        let reply = self.watch.writes("unlink", About::Name(name), reply);
         self.crew.note_wait();
         let name = name.to_str().filter(|_| parent.0 == ROOT);
         match name.map(Name::parse) {
@@ -495,9 +519,10 @@ impl Filesystem for TenureFs {
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
-        mut reply: ReplyDirectory,
+        reply: ReplyDirectory,
     ) {
         let _turn = self.crew.turn();
+        let mut reply = self.watch.reads("readdir", About::Ino(ino), reply);
         if ino.0 != ROOT {
             return reply.error(Errno::ENOTDIR);
         }
@@ -520,7 +545,7 @@ impl Filesystem for TenureFs {
                 INodeNo(ino),
                 i as u64 + 1,
                 kind,
-                Path::new(OsStr::from_bytes(name.as_bytes())),
+                OsStr::from_bytes(name.as_bytes()),
             ) {
                 break;
             }
@@ -531,37 +556,42 @@ impl Filesystem for TenureFs {
     fn fsyncdir(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _fh: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("fsyncdir", About::Ino(ino), reply);
         // Names are in the log before they are acknowledged.
         reply.ok();
     }
 
-    fn statfs(&self, _req: &Request, _ino: INodeNo, reply: ReplyStatfs) {
+    fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("statfs", About::Ino(ino), reply);
         match self.store.statvfs() {
-            Ok(s) => reply.statfs(
-                s.f_blocks,
-                s.f_bfree,
-                s.f_bavail,
-                s.f_files,
-                s.f_ffree,
-                s.f_bsize as u32,
-                255,
-                s.f_frsize as u32,
-            ),
+            Ok(s) => reply.give(Ok(0), |r| {
+                r.statfs(
+                    s.f_blocks,
+                    s.f_bfree,
+                    s.f_bavail,
+                    s.f_files,
+                    s.f_ffree,
+                    s.f_bsize as u32,
+                    255,
+                    s.f_frsize as u32,
+                )
+            }),
             Err(e) => reply.error(Errno::from_i32(e.raw_os_error().unwrap_or(libc::EIO))),
         }
     }
 
     // What SQLite never asks for, or does without.
 
-    fn access(&self, _req: &Request, _ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+    fn access(&self, _req: &Request, ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("access", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
@@ -585,7 +615,7 @@ impl Filesystem for TenureFs {
     fn setxattr(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _name: &OsStr,
         _value: &[u8],
         _flags: i32,
@@ -593,11 +623,13 @@ impl Filesystem for TenureFs {
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("setxattr", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
-    fn removexattr(&self, _req: &Request, _ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+    fn removexattr(&self, _req: &Request, ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("removexattr", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
@@ -605,13 +637,14 @@ impl Filesystem for TenureFs {
         &self,
         _req: &Request,
         _parent: INodeNo,
-        _name: &OsStr,
+        name: &OsStr,
         _newparent: INodeNo,
         _newname: &OsStr,
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("rename", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
@@ -620,10 +653,11 @@ impl Filesystem for TenureFs {
         _req: &Request,
         _ino: INodeNo,
         _newparent: INodeNo,
-        _newname: &OsStr,
+        newname: &OsStr,
         reply: ReplyEntry,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("link", About::Name(newname), reply);
         reply.error(Errno::EPERM);
     }
 
@@ -631,11 +665,12 @@ impl Filesystem for TenureFs {
         &self,
         _req: &Request,
         _parent: INodeNo,
-        _link_name: &OsStr,
+        link_name: &OsStr,
         _target: &Path,
         reply: ReplyEntry,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("symlink", About::Name(link_name), reply);
         reply.error(Errno::EPERM);
     }
 
@@ -643,17 +678,19 @@ impl Filesystem for TenureFs {
         &self,
         _req: &Request,
         _parent: INodeNo,
-        _name: &OsStr,
+        name: &OsStr,
         _mode: u32,
         _umask: u32,
         reply: ReplyEntry,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("mkdir", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
-    fn rmdir(&self, _req: &Request, _parent: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+    fn rmdir(&self, _req: &Request, _parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("rmdir", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
@@ -661,20 +698,21 @@ impl Filesystem for TenureFs {
         &self,
         _req: &Request,
         _parent: INodeNo,
-        _name: &OsStr,
+        name: &OsStr,
         _mode: u32,
         _umask: u32,
         _rdev: u32,
         reply: ReplyEntry,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("mknod", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
     fn fallocate(
         &self,
         _req: &Request,
-        _ino: INodeNo,
+        ino: INodeNo,
         _fh: FileHandle,
         _offset: u64,
         _length: u64,
@@ -682,6 +720,7 @@ impl Filesystem for TenureFs {
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
+        let reply = self.watch.reads("fallocate", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 }

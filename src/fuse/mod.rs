@@ -27,10 +27,12 @@ mod attr;
 mod crew;
 mod fs_impl;
 mod nodes;
+mod observe;
 mod points;
 
 use crew::Crew;
 use fs_impl::TenureFs;
+pub use observe::{Observers, PrimaryName};
 
 /// Name and type of the file system in the table of mounts.
 const FS_NAME: &str = "tenure";
@@ -44,6 +46,8 @@ pub struct MountOptions {
     pub allow_other: bool,
     /// Whether to leave a dead mount of an earlier run at the mount point alone.
     pub skip_unmount: bool,
+    /// Who is told of requests.
+    pub observers: Observers,
 }
 
 /// Why there is no mount.
@@ -81,7 +85,7 @@ impl Mount {
     pub fn start(store: &Arc<Store>, options: &MountOptions) -> Result<Mount, MountError> {
         let dir = points::prepare(&options.dir, options.skip_unmount)?;
         let crew = Crew::new(worker_threads());
-        let fs = TenureFs::new(store.clone(), crew.clone());
+        let fs = TenureFs::new(store.clone(), crew.clone(), options.observers.clone());
         let mut config = Config::default();
         config.mount_options = vec![
             MountOption::FSName(FS_NAME.to_owned()),

@@ -76,9 +76,14 @@ impl Cluster {
 
     /// Starts a node and waits until it is mounted and answers.
     pub fn start(&self, options: Options) -> Node {
-        let mut node = Node::new(&self.subdir(&options.name.clone()), options, &self.members);
+        let mut node = self.node(options);
         node.start();
         node
+    }
+
+    /// A node that is not started yet.
+    pub fn node(&self, options: Options) -> Node {
+        Node::new(&self.subdir(&options.name.clone()), options, &self.members)
     }
 }
 

@@ -34,6 +34,8 @@ pub struct Options {
     pub backup: Option<PathBuf>,
     /// `strict-verify`: the node recomputes the checksum after each transaction.
     pub strict_verify: bool,
+    /// The whole configuration file, which then says nothing of the rest; `http` is its address.
+    pub file: Option<String>,
     /// More of the configuration file: whole sections.
     pub more_yaml: String,
     /// Environment variables of its process, besides the test's own.
@@ -61,6 +63,7 @@ impl Options {
             retention: None,
             backup: None,
             strict_verify: false,
+            file: None,
             more_yaml: String::new(),
             environment: Vec::new(),
             service: None,
@@ -90,6 +93,9 @@ impl Options {
 
     /// The configuration file.
     fn yaml(&self, mount: &Path, data: &Path) -> String {
+        if let Some(file) = &self.file {
+            return file.clone();
+        }
         let candidate = self.http == self.primary.1;
         let retention = match self.retention {
             Some(time) => format!("  retention: {time}\n  retention-monitor-interval: 100ms\n"),
@@ -247,6 +253,21 @@ impl Node {
         let limit = SOON;
         self.leave(&process);
         process.wait(limit)
+    }
+
+    /// Sends its process a signal.
+    pub fn signal(&self, signal: i32) {
+        let process = self.process.as_ref().expect("a running node");
+        // SAFETY: takes numbers only; a child that was not waited for keeps its ID.
+        unsafe { libc::kill(process.0.id() as i32, signal) };
+    }
+
+    /// Waits until it has ended by itself; its exit code.
+    pub fn wait(&mut self, limit: Duration) -> Option<i32> {
+        let mut process = self.process.take().expect("a running node");
+        let code = process.wait(limit);
+        self.leave(&process);
+        code
     }
 
     /// Ends it as `kill -9` does.
