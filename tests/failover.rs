@@ -11,7 +11,9 @@ use common::node::TENURE;
 use common::run::run;
 use common::service::{Kind, Service};
 use common::workload::{self, Workload};
-use common::{Cluster, Node, Options, SOON, sqlite3, wait_same_pos, wait_until};
+use common::{
+    Cluster, Node, Options, SOON, await_following, await_primary, sqlite3, wait_same_pos,
+};
 
 /// How soon another node is primary when the old one stops, or hands over.
 const AT_ONCE: Duration = Duration::from_secs(1);
@@ -22,36 +24,6 @@ fn options(kind: Kind, service: &Service, name: &str) -> Options {
         strict_verify: true,
         ..Options::candidate(name, &kind.lines(service.address(), "tenure/test"))
     }
-}
-
-/// Waits until a node says that it is primary; how long it took.
-fn await_primary(node: &Node, limit: Duration) -> Duration {
-    let start = Instant::now();
-    wait_until(
-        &format!("{} to be primary", node.options.name),
-        limit,
-        || {
-            if node.is_primary() {
-                Ok(())
-            } else {
-                Err("not primary")
-            }
-        },
-    );
-    start.elapsed()
-}
-
-/// Waits until a node says that it follows `primary`.
-fn await_following(node: &Node, primary: &Node) {
-    let want = format!("{}\n", primary.options.name);
-    wait_until(
-        &format!("{} to follow", node.options.name),
-        SOON,
-        || match std::fs::read_to_string(node.db(".primary")) {
-            Ok(name) if name == want => Ok(()),
-            other => Err(format!("{other:?}")),
-        },
-    );
 }
 
 fn rows(node: &Node) -> String {

@@ -14,7 +14,7 @@ helper_test!();
 fn pair() -> Pair {
     Cluster::static_pair_with(90, |options| Options {
         strict_verify: true,
-        environment: vec![("TENURE_NO_PASSTHROUGH", "1")],
+        environment: vec![("TENURE_NO_PASSTHROUGH", "1".into())],
         ..options
     })
 }

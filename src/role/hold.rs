@@ -9,7 +9,9 @@ use std::time::Duration;
 use tenure_lease::{Lease, LeaseError};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout_at};
-use tracing::warn;
+use tracing::{debug, warn};
+
+use super::outage::Complaint;
 
 /// How long after a transient error renewing is tried again; with a short TTL a tenth of it.
 const RETRY: Duration = Duration::from_secs(1);
@@ -35,6 +37,7 @@ pub(super) async fn hold(
         return End::Shutdown;
     };
     let mut retry = None;
+    let mut complaint = Complaint::default();
     loop {
         let end = reliable_until(lease.renewed_at(), ttl);
         let deadline = Instant::from_std(end);
@@ -53,7 +56,12 @@ pub(super) async fn hold(
             Ok(Ok(())) => renewed(reliable_until(lease.renewed_at(), ttl)),
             Ok(Err(LeaseError::LeaseExpired)) | Err(_) => return End::Lost,
             Ok(Err(error)) => {
-                warn!(%error, "the lease could not be renewed; trying again");
+                match complaint.is_due("renewal") {
+                    true => {
+                        warn!(%error, "the lease could not be renewed; trying again until it is over")
+                    }
+                    false => debug!(%error, "the lease could not be renewed"),
+                }
                 retry = Some(Instant::now() + RETRY.min(ttl / 10));
             }
         }

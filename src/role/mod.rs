@@ -145,7 +145,8 @@ pub async fn run(
         early: 0,
         complaint: outage::Complaint::default(),
     };
-    node.set_role(Role::Replica { hostname: None }).await;
+    // It is one already, but what a replica needs for its readers is made by this call.
+    node.tell_store(Role::Replica { hostname: None }).await;
     let mut stop = shutdown.clone();
     while !*stop.borrow() {
         let wait = node.round(&mut stop).await;
@@ -157,6 +158,35 @@ pub async fn run(
         debug!(%error, "closing the lease client failed");
     }
     Ok(())
+}
+
+/// Why a round came to nothing.
+struct Problem {
+    /// What it is told of once a minute as.
+    kind: String,
+    text: String,
+}
+
+impl Problem {
+    /// While a service is away, what exactly fails changes from one attempt to the next: that is all
+    /// one trouble. What somebody must change is trouble of its own.
+    fn new(what: &str, error: &LeaseError) -> Problem {
+        let text = format!("{what}: {error}");
+        match error.is_transient() {
+            true => Problem {
+                kind: what.to_owned(),
+                text,
+            },
+            false => Problem::lasting(text),
+        }
+    }
+
+    fn lasting(text: String) -> Problem {
+        Problem {
+            kind: text.clone(),
+            text,
+        }
+    }
 }
 
 struct Node {
@@ -192,8 +222,8 @@ impl Node {
             Ok(wait) => wait,
             Err(problem) => {
                 self.no_primary().await;
-                if self.complaint.is_due(&problem) {
-                    warn!("{problem}");
+                if self.complaint.is_due(&problem.kind) {
+                    warn!("{}", problem.text);
                 }
                 let delay = self.config.reconnect_delay.max(Duration::from_millis(100));
                 tokio::select! {
@@ -205,24 +235,25 @@ impl Node {
         }
     }
 
-    async fn try_round(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Duration, String> {
+    async fn try_round(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Duration, Problem> {
         let ask = "cannot ask the lease service";
         if let Some(lease_id) = self.handed_over.take() {
             // The last primary belongs to this node's cluster, and takes no writes until this is done.
             let lease = bounded(self.leaser.acquire_existing(&lease_id)).await;
-            let lease = lease.map_err(|e| format!("cannot take over lease {lease_id}: {e}"))?;
+            let lease = lease
+                .map_err(|e| Problem::new("cannot take over the lease that was handed over", &e))?;
             return Ok(self.as_primary(lease, stop).await);
         }
         let service_id = bounded(self.leaser.cluster_id())
             .await
-            .map_err(|e| format!("{ask}: {e}"))?;
+            .map_err(|e| Problem::new(ask, &e))?;
         let own_id = self.store.cluster_id();
         if let (Some(theirs), Some(ours)) = (&service_id, &own_id)
             && theirs != ours
         {
-            return Err(format!(
+            return Err(Problem::lasting(format!(
                 "the lease belongs to cluster {theirs}, this node to {ours}: correct the lease's key or give this node an empty data directory"
-            ));
+            )));
         }
         match bounded(self.leaser.primary_info()).await {
             Ok(primary) if self.is_this_node(&primary) => {
@@ -240,7 +271,7 @@ impl Node {
             }
             Ok(primary) => return Ok(self.as_replica(primary, stop).await),
             Err(LeaseError::NoPrimary) => {}
-            Err(e) => return Err(format!("{ask} for the primary: {e}")),
+            Err(e) => return Err(Problem::new(ask, &e)),
         }
         let left_to_others = self
             .not_before
@@ -249,8 +280,16 @@ impl Node {
         if let Some(wait) = left_to_others {
             return Ok(wait);
         }
-        // A node without a cluster ID may only follow where the service has one.
-        if !self.config.candidate || (own_id.is_none() && service_id.is_some()) {
+        if !self.config.candidate {
+            return Ok(MAX_RECONNECT_DELAY);
+        }
+        if let (None, Some(theirs)) = (&own_id, &service_id) {
+            let problem = format!(
+                "this node is of no cluster yet, and the lease is cluster {theirs}'s: waiting for another to be primary"
+            );
+            if self.complaint.is_due(&problem) {
+                warn!("{problem}");
+            }
             return Ok(MAX_RECONNECT_DELAY);
         }
         match self.election.turn().await {
@@ -263,13 +302,13 @@ impl Node {
                 }
                 return Ok(MAX_RECONNECT_DELAY);
             }
-            Err(e) => return Err(format!("{ask} for the candidates: {e}")),
+            Err(e) => return Err(Problem::new(ask, &e)),
         }
         match bounded(self.leaser.acquire()).await {
             Ok(lease) => Ok(self.as_primary(lease, stop).await),
             // Somebody was faster: the next round follows it.
             Err(LeaseError::PrimaryExists) => Ok(Duration::from_millis(50)),
-            Err(e) => Err(format!("cannot acquire the lease: {e}")),
+            Err(e) => Err(Problem::new("cannot acquire the lease", &e)),
         }
     }
 
@@ -430,9 +469,12 @@ impl Node {
 
     /// Tells the store, if it is news.
     async fn set_role(&mut self, role: Role) {
-        if self.store.role() == role {
-            return;
+        if self.store.role() != role {
+            self.tell_store(role).await;
         }
+    }
+
+    async fn tell_store(&self, role: Role) {
         if let Err(error) = self
             .off_thread(move |store| {
                 store.set_role(role);

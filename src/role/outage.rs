@@ -83,19 +83,21 @@ impl Outage {
     }
 }
 
-/// A line that is not repeated within a minute unless it says something else.
+/// How many troubles are told of within [`QUIET`].
+const TROUBLES: usize = 8;
+
+/// Trouble that is told of once a minute, however often it turns up, by itself or by turns with other
+/// trouble.
 #[derive(Default)]
-pub(super) struct Complaint(Option<(String, Instant)>);
+pub(super) struct Complaint(Vec<(String, Instant)>);
 
 impl Complaint {
-    /// Whether `text` is to be logged now.
-    pub(super) fn is_due(&mut self, text: &str) -> bool {
-        let due = match &self.0 {
-            Some((last, at)) => last != text || at.elapsed() >= QUIET,
-            None => true,
-        };
+    /// Whether trouble of this kind is to be logged now. A minute has at most [`TROUBLES`] kinds.
+    pub(super) fn is_due(&mut self, kind: &str) -> bool {
+        self.0.retain(|(_, at)| at.elapsed() < QUIET);
+        let due = self.0.len() < TROUBLES && self.0.iter().all(|(said, _)| said != kind);
         if due {
-            self.0 = Some((text.to_owned(), Instant::now()));
+            self.0.push((kind.to_owned(), Instant::now()));
         }
         due
     }
@@ -128,5 +130,8 @@ mod tests {
         assert!(complaint.is_due("a"));
         assert!(!complaint.is_due("a"));
         assert!(complaint.is_due("b"));
+        assert!(!complaint.is_due("a"), "not by turns either");
+        let more = (0..100).filter(|i| complaint.is_due(&i.to_string()));
+        assert_eq!(more.count(), TROUBLES - 2);
     }
 }

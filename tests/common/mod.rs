@@ -154,6 +154,29 @@ pub fn wait_until<T: std::fmt::Debug>(
     }
 }
 
+/// Waits until a node says that it is primary; how long it took.
+pub fn await_primary(node: &Node, limit: Duration) -> Duration {
+    let start = Instant::now();
+    let what = format!("{} to be primary", node.options.name);
+    wait_until(&what, limit, || match node.is_primary() {
+        true => Ok(()),
+        false => Err("not primary"),
+    });
+    start.elapsed()
+}
+
+/// Waits until a node says that it follows `primary`.
+pub fn await_following(node: &Node, primary: &Node) {
+    let want = format!("{}\n", primary.options.name);
+    let what = format!("{} to follow {}", node.options.name, primary.options.name);
+    wait_until(&what, SOON, || {
+        match std::fs::read_to_string(node.db(".primary")) {
+            Ok(name) if name == want => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+}
+
 /// Waits until the replica's `X-pos` says what the primary's says; that position.
 pub fn wait_same_pos(primary: &Node, replica: &Node, db: &str) -> String {
     let mut pos = String::new();

@@ -39,7 +39,7 @@ pub struct Options {
     /// More of the configuration file: whole sections.
     pub more_yaml: String,
     /// Environment variables of its process, besides the test's own.
-    pub environment: Vec<(&'static str, &'static str)>,
+    pub environment: Vec<(&'static str, String)>,
     /// With a lease service: the lines of `lease` that say which; else the lease is static.
     pub service: Option<String>,
     /// With a lease service: may it be primary?
@@ -214,7 +214,7 @@ impl Node {
         command
             .args(["mount", "-config"])
             .arg(&config)
-            .envs(self.options.environment.iter().copied())
+            .envs(self.options.environment.iter().map(|(k, v)| (k, v)))
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("duplicate a descriptor"))
             .stderr(log);
@@ -292,10 +292,14 @@ impl Node {
         members.retain(|(id, _)| *id != pid);
     }
 
+    /// The ID of its process.
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().expect("a running node").0.id()
+    }
+
     /// The most memory that its process has had at a time, in bytes.
     pub fn peak_memory(&self) -> u64 {
-        let process = self.process.as_ref().expect("a running node");
-        let path = format!("/proc/{}/status", process.0.id());
+        let path = format!("/proc/{}/status", self.pid());
         let status = std::fs::read_to_string(path).expect("the state of the process");
         let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"));
         let kib = line.and_then(|l| l.trim().strip_suffix(" kB"));

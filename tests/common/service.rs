@@ -1,5 +1,6 @@
 //! Lease services for whole nodes: real ones, behind a proxy that can make them slow or silent.
 
+use std::fmt::Display;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
@@ -34,8 +35,10 @@ impl Kind {
         }
     }
 
-    /// The lines of `lease` for a node that reaches the service at `address`.
-    pub fn lines(self, address: SocketAddr, key: &str) -> String {
+    /// The lines of `lease` for a node that reaches the service at `address`: HOST:PORT, for Consul
+    /// perhaps with a token before it (`:TOKEN@HOST:PORT`). More lines of the service's own section
+    /// may be appended.
+    pub fn lines(self, address: impl Display, key: &str) -> String {
         let ttl = self.ttl().as_secs();
         match self {
             Kind::Consul => format!(

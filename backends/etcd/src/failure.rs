@@ -68,9 +68,43 @@ fn cure_of_status(status: &Status) -> Cure {
         // Wrong password, or none where one is needed; no authentication where there is a
         // password; not an etcd of version 3 at all.
         Code::InvalidArgument | Code::FailedPrecondition | Code::Unimplemented => Cure::None,
+        _ if speaks_http_1(status) => Cure::None,
         _ => Cure::Wait,
     }
 }
+
+/// Whether the answer looks like HTTP/1: read as HTTP/2, "HTTP/1.1" begins a frame of 4 MiB.
+fn speaks_http_1(status: &Status) -> bool {
+    let mut cause = status.source();
+    while let Some(error) = cause {
+        if error.to_string().contains("frame with invalid size") {
+            return true;
+        }
+        cause = error.source();
+    }
+    status.message().contains("frame with invalid size")
+}
+
+/// What somebody may have to change, as the end of a sentence.
+fn advice(status: &Status) -> &'static str {
+    let of_users = ["auth", "user name"]
+        .iter()
+        .any(|w| status.message().contains(w));
+    match status.code() {
+        Code::PermissionDenied => {
+            ": the role of lease.etcd.username must have the permission readwrite for all keys that begin with lease.etcd.key"
+        }
+        Code::Unauthenticated => CREDENTIALS,
+        Code::InvalidArgument | Code::FailedPrecondition if of_users => CREDENTIALS,
+        Code::Unimplemented => NOT_ETCD,
+        _ if speaks_http_1(status) => NOT_ETCD,
+        _ => "",
+    }
+}
+
+const CREDENTIALS: &str = ": check lease.etcd.username and lease.etcd.password";
+const NOT_ETCD: &str =
+    ": no etcd answers there, or one that wants https: check lease.etcd.endpoints";
 
 /// Whether TLS has failed over what one side said, not because the connection broke: a
 /// certificate that is not accepted, no TLS on the other side. rustls' errors come as this kind.
@@ -85,7 +119,7 @@ fn refused_certificate(status: &Status) -> bool {
     false
 }
 
-/// What has gone wrong, with its causes, in one line.
+/// What has gone wrong, with its causes and what to do about it, in one line.
 pub(crate) fn describe(error: &Error) -> String {
     let Error::GRpcStatus(status) = error else {
         return error.to_string();
@@ -102,7 +136,7 @@ pub(crate) fn describe(error: &Error) -> String {
     if text.is_empty() {
         text = status.code().to_string();
     }
-    text
+    text + advice(status)
 }
 
 /// Whether `error` says that the lease does not exist.

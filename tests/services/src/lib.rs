@@ -19,9 +19,10 @@ pub mod process;
 pub mod proxy;
 pub mod tls;
 
-/// The path of a service's program: `etcd`, `etcdctl` or `consul`. It is looked for in
+/// The path of a service's program, `etcd`, `etcdctl` or `consul`, or of `libfaketime.so.1`, which
+/// changes the clocks of a program that is started with it (`LD_PRELOAD`). It is looked for in
 /// `$TENURE_SERVICES/bin` (the default is `target/services` of the source tree); if it is not there,
-/// the script `fetch` beside this crate brings all three, which takes about a minute.
+/// the script `fetch` beside this crate brings all of them, which takes about a minute.
 pub fn program(name: &str) -> PathBuf {
     static FETCHING: Mutex<()> = Mutex::new(());
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
