@@ -478,7 +478,7 @@ fn systemd_is_told() {
     let mut node = node(
         &cluster,
         Options {
-            environment: vec![("NOTIFY_SOCKET", path)],
+            environment: vec![("NOTIFY_SOCKET", path.to_string())],
             ..primary(&format!("exec: {app}\n"))
         },
     );
