@@ -1,7 +1,7 @@
 //! The paths of the API and what they answer.
 //!
 //! Every request is one of: `GET /info`, `GET /events`, `GET /metrics`, `GET /debug/vars`,
-//! `POST /stream`, and those that change or ask for the primary's role ([`super::role`]). Another method on one of these paths is 405, another path 404, and every error is a
+//! `POST /stream`, those that change or ask for the primary's role ([`super::role`]), and those of the halt lock ([`super::halt`]). Another method on one of these paths is 405, another path 404, and every error is a
 //! text of one line. What a request carries is bounded and checked before it is used.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,7 +30,7 @@ use crate::stream::stats::Stats;
 use crate::stream::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
 
 use super::server::{Connection, Version};
-use super::{body, events, metrics, role};
+use super::{body, events, halt, metrics, role};
 
 /// How long a peer may take to send a request's body.
 pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -60,6 +60,8 @@ pub struct Api {
     pub path: PathBuf,
     /// How long a snapshot may take (`http.snapshot-timeout`).
     pub snapshot_timeout: Duration,
+    /// How long a halt lock is given for.
+    pub halt_ttl: Duration,
     /// Requests that the kernel has sent to the mount.
     pub fuse_requests: Box<dyn Fn() -> u64 + Send + Sync>,
     /// Becomes true when the node stops.
@@ -68,7 +70,7 @@ pub struct Api {
 
 impl Api {
     /// This primary's number, for those who follow it.
-    fn epoch(&self) -> u64 {
+    pub(super) fn epoch(&self) -> u64 {
         if self.fenced { self.store.epoch() } else { 0 }
     }
 
@@ -130,9 +132,12 @@ pub(super) fn routes(
         .then(post_stream);
     let gets = info.or(vars).unify().or(numbers).unify().or(events).unify();
     let role = role::routes(with(&api));
+    let halt = halt::routes(with(&api));
     gets.or(stream)
         .unify()
         .or(role)
+        .unify()
+        .or(halt)
         .unify()
         .recover(rejected)
         .unify()

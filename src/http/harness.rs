@@ -54,6 +54,8 @@ pub(crate) struct TestNode {
     pub(crate) shutdown: watch::Sender<bool>,
     /// `http://127.0.0.1:PORT` once it serves.
     pub(crate) url: String,
+    /// How long its halt locks are given for.
+    pub(crate) halt_ttl: Duration,
     tasks: Vec<JoinHandle<()>>,
     _dir: TempDir,
 }
@@ -80,6 +82,7 @@ impl TestNode {
             status,
             shutdown: watch::Sender::new(false),
             url: String::new(),
+            halt_ttl: Duration::from_secs(30),
             tasks: Vec::new(),
             _dir: dir,
         }
@@ -120,6 +123,7 @@ impl TestNode {
             fenced: false,
             path: "/data".into(),
             snapshot_timeout: Duration::from_secs(60),
+            halt_ttl: self.halt_ttl,
             fuse_requests: Box::new(|| 0),
             shutdown: self.shutdown.subscribe(),
         });

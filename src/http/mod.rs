@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod server;
 
 mod body;
+mod halt;
 mod role;
 mod timestamp;
 
