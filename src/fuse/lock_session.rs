@@ -229,7 +229,7 @@ impl Filesystem for LockFs {
         sleep: bool,
         reply: ReplyEmpty,
     ) {
-        let unlock = typ == libc::F_UNLCK as i32;
+        let unlock = typ == libc::F_UNLCK;
         if unlock && (start..=end).contains(&HALT_BYTE) {
             // The answer comes when open transactions are cleared away. Without a thread to do so
             // the lock goes with the last close; the reply, dropped, says EIO.
@@ -243,7 +243,7 @@ impl Filesystem for LockFs {
         if unlock {
             return reply.ok();
         }
-        if (start, end) != (HALT_BYTE, HALT_BYTE) || typ != libc::F_WRLCK as i32 {
+        if (start, end) != (HALT_BYTE, HALT_BYTE) || typ != libc::F_WRLCK {
             return reply.error(Errno::EINVAL);
         }
         if !sleep {

@@ -48,24 +48,32 @@ pub(super) fn routes(
         .and(warp::post())
         .and(api)
         .and(warp::header::headers_cloned())
-        .and(warp::query::<Tx>())
+        .and(warp::query::<Halt>())
         .and(warp::body::stream())
         .then(commit);
     take.or(give_back).unify().or(tx).unify()
 }
 
+/// What stands in the query; checked by hand, so that whatever is wrong with it is 400.
 #[derive(Deserialize)]
 struct Halt {
-    name: String,
-    id: i64,
+    name: Option<String>,
+    #[serde(alias = "lockID")]
+    id: Option<String>,
     renew: Option<String>,
 }
 
-#[derive(Deserialize)]
-struct Tx {
-    name: String,
-    #[serde(rename = "lockID")]
-    lock_id: i64,
+impl Halt {
+    /// The database's name and the lock's ID.
+    fn names(&self) -> Result<(&str, i64), Refusal> {
+        let name = self.name.as_deref().unwrap_or_default();
+        check_database(name).map_err(|e| bad(&e.to_string()))?;
+        let id = self.id.as_deref().and_then(|id| id.parse().ok());
+        match id {
+            Some(id) if id > 0 => Ok((name, id)),
+            _ => Err(bad("the ID of a halt lock is a positive number")),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -83,12 +91,21 @@ struct TakenPos {
     checksum: String,
 }
 
-fn bad(text: &str) -> Response {
-    refuse(StatusCode::BAD_REQUEST, text)
+/// Why a request is not served.
+struct Refusal(StatusCode, String);
+
+impl Refusal {
+    fn answer(self) -> Response {
+        refuse(self.0, &self.1)
+    }
+}
+
+fn bad(text: &str) -> Refusal {
+    Refusal(StatusCode::BAD_REQUEST, text.to_owned())
 }
 
 /// The node that asks.
-fn caller(api: &Api, headers: &HeaderMap) -> Result<u64, Response> {
+fn caller(api: &Api, headers: &HeaderMap) -> Result<u64, Refusal> {
     let id = headers.get(NODE_ID_HEADER).and_then(|v| v.to_str().ok());
     match id.and_then(parse_node_id) {
         None => Err(bad("the header Litefs-Id must name the calling node")),
@@ -98,26 +115,30 @@ fn caller(api: &Api, headers: &HeaderMap) -> Result<u64, Response> {
 }
 
 /// The database, if this node is its primary.
-fn database(api: &Api, name: &str) -> Result<Arc<Database>, Response> {
-    check_database(name).map_err(|e| bad(&e.to_string()))?;
+fn database(api: &Api, name: &str) -> Result<Arc<Database>, Refusal> {
     if !api.status.borrow().is_primary {
         let text = "this node is not the primary";
-        return Err(refuse(StatusCode::SERVICE_UNAVAILABLE, text));
+        return Err(Refusal(StatusCode::SERVICE_UNAVAILABLE, text.to_owned()));
     }
     let db = api.store.database(name);
-    db.ok_or_else(|| refuse(StatusCode::NOT_FOUND, "there is no such database"))
+    db.ok_or_else(|| {
+        Refusal(
+            StatusCode::NOT_FOUND,
+            "there is no such database".to_owned(),
+        )
+    })
 }
 
 async fn take(api: Arc<Api>, headers: HeaderMap, query: Halt) -> Response {
-    let asked = caller(&api, &headers).and_then(|node| Ok((node, database(&api, &query.name)?)));
-    let (node, db) = match asked {
+    let asked = caller(&api, &headers).and_then(|node| {
+        let (name, id) = query.names()?;
+        Ok((node, database(&api, name)?, id))
+    });
+    let (node, db, id) = match asked {
         Ok(asked) => asked,
-        Err(response) => return response,
+        Err(refusal) => return refusal.answer(),
     };
-    if query.id <= 0 {
-        return bad("id must be a positive number");
-    }
-    let (id, ttl) = (query.id, api.halt_ttl);
+    let ttl = api.halt_ttl;
     if query.renew.is_some() {
         return if db.renew_halt(id, node, ttl) {
             taken(&api, id, db.pos())
@@ -173,14 +194,15 @@ async fn expire(db: Arc<Database>, id: i64) {
 }
 
 async fn give_back(api: Arc<Api>, query: Halt) -> Response {
-    if let Err(e) = check_database(&query.name) {
-        return bad(&e.to_string());
-    }
-    let Some(db) = api.store.database(&query.name) else {
+    let (name, id) = match query.names() {
+        Ok(names) => names,
+        Err(refusal) => return refusal.answer(),
+    };
+    let Some(db) = api.store.database(name) else {
         // Whatever was locked is gone.
         return StatusCode::OK.into_response();
     };
-    match tokio::task::spawn_blocking(move || db.return_halt(query.id)).await {
+    match tokio::task::spawn_blocking(move || db.return_halt(id)).await {
         Ok(()) => StatusCode::OK.into_response(),
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
     }
@@ -203,16 +225,17 @@ fn status(e: &StoreError) -> StatusCode {
 async fn commit<B: Buf>(
     api: Arc<Api>,
     headers: HeaderMap,
-    query: Tx,
+    query: Halt,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Response {
     let asked = caller(&api, &headers).and_then(|node| {
-        database(&api, &query.name)?;
-        Ok(node)
+        let (name, id) = query.names()?;
+        database(&api, name)?;
+        Ok((node, name.to_owned(), id))
     });
-    let node = match asked {
-        Ok(node) => node,
-        Err(response) => return response,
+    let (node, name, id) = match asked {
+        Ok(asked) => asked,
+        Err(refusal) => return refusal.answer(),
     };
     let (feed, pieces) = mpsc::channel(CHANNEL_CAPACITY);
     let store = api.store.clone();
@@ -221,7 +244,7 @@ async fn commit<B: Buf>(
             pieces,
             current: Bytes::new(),
         };
-        store.commit_forwarded(&query.name, query.lock_id, node, &mut reader)
+        store.commit_forwarded(&name, id, node, &mut reader)
     });
     pump(body, feed).await;
     match applying.await {

@@ -90,7 +90,12 @@ impl TestNode {
 
     /// A node that serves as primary of cluster `LFSC0123456789ABCDEF`, without a role loop.
     pub(crate) async fn primary() -> TestNode {
-        let mut node = TestNode::new();
+        TestNode::new().into_primary().await
+    }
+
+    /// The same of this node.
+    pub(crate) async fn into_primary(self) -> TestNode {
+        let mut node = self;
         node.store.set_cluster_id("LFSC0123456789ABCDEF").unwrap();
         let store = Arc::clone(&node.store);
         tokio::task::spawn_blocking(move || store.set_role(Role::Primary))

@@ -3,7 +3,7 @@
 //! [`server`] owns the sockets: it listens, tells the HTTP versions apart, bounds how long a peer may
 //! take, and stops in order. [`api`] owns the paths and what they answer, [`events`] the stream of
 //! events, [`metrics`] the numbers, [`role`] what
-//! changes the primary. The client side of `/stream` is [`crate::stream::receiver`].
+//! changes the primary, [`halt`] the halt lock. The client side of `/stream` is [`crate::stream::receiver`].
 
 pub mod api;
 pub mod events;
@@ -15,6 +15,8 @@ mod halt;
 mod role;
 mod timestamp;
 
+#[cfg(test)]
+mod halt_tests;
 #[cfg(test)]
 pub(crate) mod harness;
 #[cfg(test)]

@@ -105,8 +105,8 @@ async fn unknown_paths_and_wrong_methods() {
             "/nothing",
             "/info/x",
             "/promote/x",
-            "/halt",
-            "/tx",
+            "/halt/x",
+            "/tx/x",
             "/import",
         ] {
             let answer = client
@@ -128,6 +128,8 @@ async fn unknown_paths_and_wrong_methods() {
             (Method::GET, "/promote"),
             (Method::GET, "/handoff"),
             (Method::GET, "/common"),
+            (Method::GET, "/halt"),
+            (Method::GET, "/tx"),
             (Method::POST, "/debug/vars"),
         ] {
             let answer = client

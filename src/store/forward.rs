@@ -77,6 +77,11 @@ type Decide = Box<dyn FnOnce(Verdict) + Send>;
 pub struct Decided(Arc<Mutex<Option<Decide>>>);
 
 impl Decided {
+    #[cfg(test)]
+    pub(crate) fn new(decide: impl FnOnce(Verdict) + Send + 'static) -> Decided {
+        Decided(Arc::new(Mutex::new(Some(Box::new(decide)))))
+    }
+
     /// Decides the commit, if it is not yet.
     pub fn call(self, verdict: Verdict) {
         decide(&self.0, verdict);
@@ -100,7 +105,7 @@ fn decide(slot: &Mutex<Option<Decide>>, verdict: Verdict) {
 pub struct Outgoing(Spool);
 
 impl Outgoing {
-    pub(super) fn new(dir: &Path) -> Outgoing {
+    pub(crate) fn new(dir: &Path) -> Outgoing {
         Outgoing(Spool::new(dir))
     }
 
@@ -143,7 +148,8 @@ pub(super) struct Hold {
     state: Mutex<HoldState>,
     changed: Condvar,
     held: AtomicBool,
-    /// The newest commit in the WAL was the primary's decision: a flush has nothing to add.
+    /// What was last committed to the WAL, if anything, was the primary's decision: a flush has
+    /// nothing to add.
     pub(super) decided_there: AtomicBool,
 }
 
@@ -272,6 +278,8 @@ impl Database {
         }
         self.settle_mode(&mut locks)?;
         locks.close(self);
+        // No commit of an earlier time is still to be answered by a flush: its writer is gone.
+        self.hold.decided_there.store(true, Ordering::Release);
         let mut state = self.hold.state.lock();
         self.hold.set(&mut state, Phase::Held(id));
         Ok(())
