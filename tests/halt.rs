@@ -433,3 +433,16 @@ fn a_replica_that_is_behind_waits_for_the_position() {
     }
     pair.assert_same(DB);
 }
+
+#[test]
+fn commits_that_follow_each_other_at_once_are_all_taken() {
+    for mode in ["delete", "wal"] {
+        let pair = Cluster::static_pair(120);
+        create(&pair.primary, &pair.replica, mode);
+        let sql = "INSERT INTO t(v) VALUES ('x');\n".repeat(500);
+        let rows = write(&pair.replica, &format!("{sql}SELECT count(*) FROM t;"));
+        assert_eq!(rows, "501\n", "{mode}");
+        pair.assert_same(DB);
+        assert!(!pair.replica.log().contains("did not take"), "{mode}");
+    }
+}

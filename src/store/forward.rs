@@ -71,6 +71,8 @@ pub trait Primary: Send + Sync {
     fn commit(&self, db: &str, id: i64, ltx: Arc<Outgoing>, decided: Decided);
 }
 
+/// Answers the application. It may commit again at once, so nothing is in flight then.
+type Answer = Box<dyn FnOnce()>;
 type Decide = Box<dyn FnOnce(Verdict) + Send>;
 
 /// Receives a verdict, the first one; dropped without, it is [`Verdict::Unknown`].
@@ -360,19 +362,19 @@ impl Database {
     }
 
     /// Sends a transaction that was prepared on the state. `finish` does what the verdict asks for
-    /// and answers the application; the state does not move before.
+    /// and gives the application's answer; the state does not move before.
     fn forward(
         self: &Arc<Self>,
         pos: Pos,
         ltx: Arc<Outgoing>,
-        finish: impl FnOnce(&Verdict) + Send + 'static,
+        finish: impl FnOnce(&Verdict) -> Answer + Send + 'static,
     ) {
         let mut state = self.hold.state.lock();
         let (Phase::Held(id), None, Some(primary)) =
             (state.phase, &state.in_flight, self.context.primary())
         else {
             drop(state);
-            return finish(&Verdict::Refused("the halt lock is not held".into()));
+            return finish(&Verdict::Refused("the halt lock is not held".into()))();
         };
         let db = self.clone();
         let decide: Decide = Box::new(move |verdict| db.decided(id, &verdict, finish));
@@ -385,7 +387,12 @@ impl Database {
         primary.commit(&self.name, id, ltx, Decided(slot));
     }
 
-    fn decided(self: &Arc<Self>, id: i64, verdict: &Verdict, finish: impl FnOnce(&Verdict)) {
+    fn decided(
+        self: &Arc<Self>,
+        id: i64,
+        verdict: &Verdict,
+        finish: impl FnOnce(&Verdict) -> Answer,
+    ) {
         let lost = match verdict {
             Verdict::Accepted | Verdict::Refused(_) => false,
             Verdict::Lost(why) | Verdict::Unknown(why) => {
@@ -400,9 +407,10 @@ impl Database {
             self.hold.set(&mut state, Phase::Ending);
         }
         drop(state);
-        finish(verdict);
+        let answer = finish(verdict);
         self.hold.state.lock().in_flight = None;
         self.hold.changed.notify_all();
+        answer();
         if ends {
             self.clear_away(id);
         }
@@ -443,11 +451,13 @@ impl Database {
                     Err(e)
                 }
             };
-            let failed = result.is_err();
-            done(result);
-            if failed {
-                db.forget_journal(journal);
-            }
+            Box::new(move || {
+                let failed = result.is_err();
+                done(result);
+                if failed {
+                    db.forget_journal(journal);
+                }
+            })
         });
     }
 
@@ -483,7 +493,7 @@ impl Database {
                 Err(e) => db.undo_commit_frame(&mut st, prepared.end - 1).and(Err(e)),
             };
             drop(st);
-            done(result);
+            Box::new(move || done(result))
         });
     }
 
