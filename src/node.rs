@@ -28,8 +28,8 @@ use crate::fuse::{Mount, MountError, MountOptions, Observers, PrimaryName};
 use crate::http::api::Api;
 use crate::http::server::{Server, ServerError};
 use crate::proxy::{self, Proxy};
-use crate::role::{self, Parts, Promoter, RoleConfig, RoleError, Status};
-use crate::store::{Options as StoreOptions, Store, StoreError};
+use crate::role::{self, HaltClient, Parts, Promoter, RoleConfig, RoleError, Status};
+use crate::store::{HALT_TTL, Options as StoreOptions, Store, StoreError};
 use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
 use crate::telemetry::operations::OperationLog;
@@ -196,6 +196,13 @@ impl Node {
         let mount = blocking(move || Mount::start(&mounting, &mount_options)).await??;
         let (shutdown, stop) = watch::channel(false);
         let (commands, queue) = role::commands(status.clone());
+        let halt = HaltClient::new(&store, status.clone()).map_err(|e| {
+            NodeError::System(
+                "cannot set up the client of halt locks",
+                std::io::Error::other(e),
+            )
+        })?;
+        store.set_primary(Some(Arc::new(halt)));
         let replicas = Arc::new(Replicas::default());
         let candidate = config.lease.candidate;
         let api = Arc::new(Api {
@@ -209,6 +216,7 @@ impl Node {
             fenced: config.lease.kind != LeaseKind::Static,
             path: config.fuse.dir.clone(),
             snapshot_timeout: config.http.snapshot_timeout,
+            halt_ttl: HALT_TTL,
             fuse_requests: Box::new(mount.requests()),
             shutdown: stop.clone(),
         });
@@ -272,6 +280,11 @@ impl Node {
     async fn stop(mut self) {
         if let Some(proxy) = self.proxy.take() {
             proxy.stop().await;
+        }
+        let halts = self.store.clone();
+        let given_up = blocking(move || halts.set_primary(None));
+        if !matches!(timeout(STOP_TIMEOUT, given_up).await, Ok(Ok(()))) {
+            tracing::warn!("halt locks were not given up in time: the primary takes them back");
         }
         self.shutdown.send_replace(true);
         for (name, handle) in [

@@ -20,7 +20,7 @@ const LAG_SIZE: u64 = 11;
 pub(super) fn ttl(node: &Node) -> Duration {
     match node {
         Node::File(f) if f.file.kind != FileKind::Shm => FOR_EVER,
-        Node::Super(_) => FOR_EVER,
+        Node::Super(_) | Node::LockDir => FOR_EVER,
         _ => Duration::ZERO,
     }
 }
@@ -28,7 +28,7 @@ pub(super) fn ttl(node: &Node) -> Duration {
 /// How long the kernel may believe that a node's name stands for it.
 pub(super) fn entry_ttl(node: &Node) -> Duration {
     match node {
-        Node::File(_) | Node::Super(_) | Node::Pos(_) => FOR_EVER,
+        Node::File(_) | Node::Super(_) | Node::Pos(_) | Node::LockDir => FOR_EVER,
         _ => Duration::ZERO,
     }
 }
@@ -52,6 +52,9 @@ pub(super) fn of(store: &Store, node: &Node) -> Result<FileAttr, StoreError> {
             };
             (LAG_SIZE, mtime, 0o444)
         }
+        // Whoever mounts there must be able to write it.
+        Node::LockDir => (0, UNIX_EPOCH, 0o777),
+        Node::Lock(db) => (lock_link(db.name()).len() as u64, UNIX_EPOCH, 0o777),
         Node::Pos(db) => {
             let ms = u64::try_from(db.timestamp()).unwrap_or(0);
             (POS_SIZE, UNIX_EPOCH + Duration::from_millis(ms), 0o444)
@@ -60,7 +63,7 @@ pub(super) fn of(store: &Store, node: &Node) -> Result<FileAttr, StoreError> {
         Node::File(f) => (
             f.db.size(&f.file)?,
             modified(&f.file),
-            permissions(f.file.kind, primary),
+            permissions(f.file.kind, primary || f.db.holds_halt()),
         ),
     };
     Ok(FileAttr {
@@ -71,10 +74,10 @@ pub(super) fn of(store: &Store, node: &Node) -> Result<FileAttr, StoreError> {
         mtime,
         ctime: mtime,
         crtime: mtime,
-        kind: if node.ino() == ROOT {
-            FileType::Directory
-        } else {
-            FileType::RegularFile
+        kind: match node {
+            Node::Root | Node::LockDir => FileType::Directory,
+            Node::Lock(_) => FileType::Symlink,
+            _ => FileType::RegularFile,
         },
         perm,
         nlink: if node.ino() == ROOT { 2 } else { 1 },
@@ -102,6 +105,11 @@ fn modified(file: &DbFile) -> SystemTime {
         .metadata()
         .and_then(|m| m.modified())
         .unwrap_or(UNIX_EPOCH)
+}
+
+/// What `X-lock` links to.
+pub(super) fn lock_link(db: &str) -> String {
+    format!("{}/{db}-lock", crate::store::LOCK_DIR)
 }
 
 /// What `.primary` holds, where there is one.

@@ -84,7 +84,12 @@ impl TenureFs {
                 .map(|_| Node::Primary)
                 .ok_or(false),
             Name::Lag => Ok(Node::Lag),
-            Name::Lock(_) => Err(false),
+            Name::Lock(db) => {
+                let db = self.store.database(db);
+                let db = db.filter(|d| d.page_count() > 0).ok_or(false)?;
+                Ok(Node::Lock(db))
+            }
+            Name::LockDir => Ok(Node::LockDir),
             Name::Invalid => Err(true),
         }
     }
@@ -115,7 +120,10 @@ impl TenureFs {
             // SQLite then takes the database for read-only and says so. The database itself can be
             // opened for writing: a connection of a replica goes on once the node is primary.
             Node::File(f)
-                if writes && f.file.kind == FileKind::Wal && self.store.role() != Role::Primary =>
+                if writes
+                    && f.file.kind == FileKind::Wal
+                    && self.store.role() != Role::Primary
+                    && !f.db.holds_halt() =>
             {
                 Err(Errno::EACCES)
             }
@@ -301,6 +309,14 @@ impl Filesystem for TenureFs {
         }
     }
 
+    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
+        let _turn = self.crew.turn();
+        match self.nodes.get(ino.0) {
+            Some(Node::Lock(db)) => reply.data(attr::lock_link(db.name()).as_bytes()),
+            _ => reply.error(Errno::EINVAL),
+        }
+    }
+
     fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("open", About::Ino(ino), reply);
@@ -405,7 +421,8 @@ impl Filesystem for TenureFs {
                 size,
                 reply,
             ),
-            Node::Root => reply.error(Errno::EISDIR),
+            Node::Root | Node::LockDir => reply.error(Errno::EISDIR),
+            Node::Lock(_) => reply.error(Errno::EINVAL),
         }
     }
 
@@ -506,7 +523,7 @@ impl Filesystem for TenureFs {
                 None => reply.error(Errno::ENOENT),
             },
             Some(Name::SuperJournal(name)) => answer(reply)(self.store.unlink_super_journal(name)),
-            Some(Name::Pos(_) | Name::Primary | Name::Lag | Name::Lock(_)) => {
+            Some(Name::Pos(_) | Name::Primary | Name::Lag | Name::Lock(_) | Name::LockDir) => {
                 reply.error(Errno::EPERM)
             }
             Some(Name::Invalid) | None => reply.error(Errno::ENOENT),

@@ -5,6 +5,7 @@
 //! - Entries, attributes and absent names are cached for ever, and what the store changes by itself
 //!   it invalidates through [`Front`], from a thread that serves no request and holds no lock that
 //!   a request needs.
+//! - The files of the halt locks are a mount of their own ([`lock_session`]).
 //! - FLUSH is answered with ENOSYS and switched off for every handle, so that a killed node never
 //!   waits for itself.
 //! - A reply may be given later and from any thread; the one that serves requests does not wait.
@@ -20,18 +21,21 @@ use std::sync::Arc;
 use fuser::{Config, INodeNo, MountOption, Notifier, Session, SessionACL};
 use tokio::sync::watch;
 
-use crate::store::Store;
 use crate::store::front::Front;
+use crate::store::{LOCK_DIR, Store};
 
 mod attr;
 mod crew;
 mod fs_impl;
+mod lock_session;
 mod nodes;
 mod observe;
 mod points;
 
 use crew::Crew;
 use fs_impl::TenureFs;
+use lock_session::LockFs;
+
 pub use observe::{Observers, PrimaryName};
 
 /// Name and type of the file system in the table of mounts.
@@ -86,19 +90,7 @@ impl Mount {
         let dir = points::prepare(&options.dir, options.skip_unmount)?;
         let crew = Crew::new(worker_threads());
         let fs = TenureFs::new(store.clone(), crew.clone(), options.observers.clone());
-        let mut config = Config::default();
-        config.mount_options = vec![
-            MountOption::FSName(FS_NAME.to_owned()),
-            MountOption::Subtype(FS_NAME.to_owned()),
-            MountOption::NoDev,
-            MountOption::NoSuid,
-            MountOption::NoAtime,
-        ];
-        config.acl = if options.allow_other {
-            SessionACL::All
-        } else {
-            SessionACL::Owner
-        };
+        let mut config = session_config(options);
         config.n_threads = Some(worker_threads());
         let failed = |source| MountError::Mount {
             dir: dir.clone(),
@@ -119,6 +111,10 @@ impl Mount {
             .map_err(failed)?;
         let root = open_root(&dir).map_err(failed)?;
         store.set_front(Some(Arc::new(Kernel { root, notifier })));
+        let locks = dir.join(LOCK_DIR);
+        if let Err(e) = mount_locks(store, &locks, options) {
+            tracing::warn!(error = %e, "there are no -lock files, so that this node, as a replica, can take no halt locks: {} cannot be mounted", locks.display());
+        }
         Ok(Mount {
             dir,
             store: store.clone(),
@@ -156,6 +152,37 @@ impl Drop for Mount {
     fn drop(&mut self) {
         self.detach();
     }
+}
+
+fn session_config(options: &MountOptions) -> Config {
+    let mut config = Config::default();
+    config.mount_options = vec![
+        MountOption::FSName(FS_NAME.to_owned()),
+        MountOption::Subtype(FS_NAME.to_owned()),
+        MountOption::NoDev,
+        MountOption::NoSuid,
+        MountOption::NoAtime,
+    ];
+    config.acl = if options.allow_other {
+        SessionACL::All
+    } else {
+        SessionACL::Owner
+    };
+    config
+}
+
+/// Mounts the second file system on a directory of the first, with which it is detached.
+fn mount_locks(store: &Arc<Store>, dir: &Path, options: &MountOptions) -> io::Result<()> {
+    let session = Session::new(LockFs::new(store.clone()), dir, &session_config(options))?;
+    let serve = move || {
+        if let Err(e) = session.run() {
+            tracing::warn!(error = %e, "the mount of the halt locks ended");
+        }
+    };
+    std::thread::Builder::new()
+        .name("tenure-locks".to_owned())
+        .spawn(serve)
+        .map(drop)
 }
 
 /// Enough that those that flush a log leave some that answer.

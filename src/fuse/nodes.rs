@@ -17,6 +17,8 @@ pub(super) const ROOT: u64 = 1;
 pub(super) const PRIMARY: u64 = 2;
 /// Inode number of `.lag`.
 pub(super) const LAG: u64 = 3;
+/// Inode number of `.lock`, where the second file system is mounted.
+pub(super) const LOCK_DIR: u64 = 4;
 
 /// What an inode is.
 #[derive(Clone)]
@@ -24,6 +26,9 @@ pub(super) enum Node {
     Root,
     Primary,
     Lag,
+    LockDir,
+    /// `X-lock`, a link into the second file system.
+    Lock(Arc<Database>),
     Pos(Arc<Database>),
     File(Arc<FileNode>),
     Super(Arc<SuperJournal>),
@@ -43,6 +48,8 @@ impl Node {
             Node::Root => ROOT,
             Node::Primary => PRIMARY,
             Node::Lag => LAG,
+            Node::LockDir => LOCK_DIR,
+            Node::Lock(db) => db.lock_ino,
             Node::Pos(db) => db.pos_ino,
             Node::File(f) => f.file.ino,
             Node::Super(j) => j.ino,
@@ -68,6 +75,7 @@ impl Nodes {
             ROOT => Some(Node::Root),
             PRIMARY => Some(Node::Primary),
             LAG => Some(Node::Lag),
+            LOCK_DIR => Some(Node::LockDir),
             _ => self.table.read().get(&ino).map(|e| e.node.clone()),
         }
     }
@@ -75,7 +83,7 @@ impl Nodes {
     /// Counts a look-up. Returns the node that is known under the number.
     pub fn look_up(&self, node: Node) -> Node {
         let ino = node.ino();
-        if ino <= LAG {
+        if ino <= LOCK_DIR {
             return node;
         }
         let mut table = self.table.write();

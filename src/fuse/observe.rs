@@ -130,6 +130,8 @@ impl Watch {
             Node::Root => Some("/".to_owned()),
             Node::Primary => Some(".primary".to_owned()),
             Node::Lag => Some(".lag".to_owned()),
+            Node::LockDir => Some(".lock".to_owned()),
+            Node::Lock(db) => Some(format!("{}-lock", db.name())),
             Node::Pos(db) => Some(format!("{}-pos", db.name())),
             Node::File(f) => Some(format!("{}{}", f.db.name(), f.file.kind.suffix())),
             Node::Super(_) => None,

@@ -1,8 +1,9 @@
 //! The paths of the API and what they answer.
 //!
 //! Every request is one of: `GET /info`, `GET /events`, `GET /metrics`, `GET /debug/vars`,
-//! `POST /stream`, `GET /export`, `POST /import` ([`super::transfer`]), and those that change or ask
-//! for the primary's role ([`super::role`]). Another method on one of these paths is 405, another path 404, and every error is a
+//! `POST /stream`, `GET /export`, `POST /import` ([`super::transfer`]), those that change or ask for
+//! the primary's role ([`super::role`]), and those of the halt lock ([`super::halt`]). Another method
+//! on one of these paths is 405, another path 404, and every error is a
 //! text of one line. What a request carries is bounded and checked before it is used.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,7 +32,7 @@ use crate::stream::stats::Stats;
 use crate::stream::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
 
 use super::server::{Connection, Version};
-use super::{body, events, metrics, role, transfer};
+use super::{body, events, halt, metrics, role, transfer};
 
 /// How long a peer may take to send a request's body.
 pub(super) const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -61,6 +62,8 @@ pub struct Api {
     pub path: PathBuf,
     /// How long a snapshot may take (`http.snapshot-timeout`).
     pub snapshot_timeout: Duration,
+    /// How long a halt lock is given for.
+    pub halt_ttl: Duration,
     /// Requests that the kernel has sent to the mount.
     pub fuse_requests: Box<dyn Fn() -> u64 + Send + Sync>,
     /// Becomes true when the node stops.
@@ -69,7 +72,7 @@ pub struct Api {
 
 impl Api {
     /// This primary's number, for those who follow it.
-    fn epoch(&self) -> u64 {
+    pub(super) fn epoch(&self) -> u64 {
         if self.fenced { self.store.epoch() } else { 0 }
     }
 
@@ -145,11 +148,14 @@ pub(super) fn routes(
         .then(transfer::post_import);
     let files = export.or(import).unify();
     let role = role::routes(with(&api));
+    let halt = halt::routes(with(&api));
     gets.or(stream)
         .unify()
         .or(files)
         .unify()
         .or(role)
+        .unify()
+        .or(halt)
         .unify()
         .recover(rejected)
         .unify()

@@ -54,6 +54,8 @@ pub(crate) struct TestNode {
     pub(crate) shutdown: watch::Sender<bool>,
     /// `http://127.0.0.1:PORT` once it serves.
     pub(crate) url: String,
+    /// How long its halt locks are given for.
+    pub(crate) halt_ttl: Duration,
     tasks: Vec<JoinHandle<()>>,
     _dir: TempDir,
 }
@@ -80,6 +82,7 @@ impl TestNode {
             status,
             shutdown: watch::Sender::new(false),
             url: String::new(),
+            halt_ttl: Duration::from_secs(30),
             tasks: Vec::new(),
             _dir: dir,
         }
@@ -87,7 +90,12 @@ impl TestNode {
 
     /// A node that serves as primary of cluster `LFSC0123456789ABCDEF`, without a role loop.
     pub(crate) async fn primary() -> TestNode {
-        let mut node = TestNode::new();
+        TestNode::new().into_primary().await
+    }
+
+    /// The same of this node.
+    pub(crate) async fn into_primary(self) -> TestNode {
+        let mut node = self;
         node.store.set_cluster_id("LFSC0123456789ABCDEF").unwrap();
         let store = Arc::clone(&node.store);
         tokio::task::spawn_blocking(move || store.set_role(Role::Primary))
@@ -120,6 +128,7 @@ impl TestNode {
             fenced: false,
             path: "/data".into(),
             snapshot_timeout: Duration::from_secs(60),
+            halt_ttl: self.halt_ttl,
             fuse_requests: Box::new(|| 0),
             shutdown: self.shutdown.subscribe(),
         });

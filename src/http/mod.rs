@@ -2,8 +2,8 @@
 //!
 //! [`server`] owns the sockets: it listens, tells the HTTP versions apart, bounds how long a peer may
 //! take, and stops in order. [`api`] owns the paths and what they answer, [`events`] the stream of
-//! events, [`metrics`] the numbers, [`role`] what changes the primary, [`transfer`] databases as
-//! files. The client side of `/stream` is [`crate::stream::receiver`].
+//! events, [`metrics`] the numbers, [`role`] what changes the primary, [`halt`] the halt lock,
+//! [`transfer`] databases as files. The client side of `/stream` is [`crate::stream::receiver`].
 
 pub mod api;
 pub mod events;
@@ -11,10 +11,13 @@ pub mod metrics;
 pub mod server;
 
 mod body;
+mod halt;
 mod role;
 mod timestamp;
 mod transfer;
 
+#[cfg(test)]
+mod halt_tests;
 #[cfg(test)]
 pub(crate) mod harness;
 #[cfg(test)]

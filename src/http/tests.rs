@@ -100,7 +100,7 @@ impl Frames {
 async fn unknown_paths_and_wrong_methods() {
     let node = TestNode::primary().await;
     for client in [h1(), h2()] {
-        for path in ["/", "/nothing", "/info/x", "/promote/x", "/halt", "/tx"] {
+        for path in ["/", "/nothing", "/info/x", "/promote/x", "/halt/x", "/tx/x"] {
             let answer = client
                 .post(format!("{}{path}", node.url))
                 .send()
@@ -120,6 +120,8 @@ async fn unknown_paths_and_wrong_methods() {
             (Method::GET, "/promote"),
             (Method::GET, "/handoff"),
             (Method::GET, "/common"),
+            (Method::GET, "/halt"),
+            (Method::GET, "/tx"),
             (Method::POST, "/debug/vars"),
             (Method::POST, "/export?name=x"),
             (Method::GET, "/import?name=x"),

@@ -18,6 +18,7 @@
 
 mod command;
 mod election;
+mod halt;
 mod hold;
 mod outage;
 mod primary;
@@ -44,6 +45,7 @@ use self::election::{Election, Standing, Turn};
 use self::outage::Outage;
 
 pub use self::command::{CommandError, CommandQueue, Commands, commands};
+pub use self::halt::HaltClient;
 pub use self::promote::{PromoteError, Promoter};
 
 /// How long one question to the lease service may take; backends have their own, shorter deadlines.

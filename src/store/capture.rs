@@ -35,6 +35,9 @@ pub(super) struct WalPlace {
 impl Database {
     /// The right to commit a transaction; held until it is answered.
     pub(super) fn begin_commit(&self) -> Result<Pass, StoreError> {
+        if self.halt.is_held() {
+            return Err(self.refuse("a commit while a replica holds the halt lock"));
+        }
         let pass = self.context.gate.pass();
         pass.ok_or_else(|| StoreError::NotPrimary(self.name.clone()))
     }
@@ -77,7 +80,7 @@ impl Database {
         mut read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
         out: &mut dyn Write,
     ) -> Result<Captured, StoreError> {
-        if !self.context.is_writable() {
+        if !self.is_writable() {
             return Err(StoreError::NotPrimary(self.name.clone()));
         }
         let txid = st.pos.txid + 1;

@@ -14,6 +14,7 @@ use tokio::sync::{Notify, broadcast};
 use crate::ltx::Pos;
 
 use super::database::Database;
+use super::forward::Primary;
 use super::front::Front;
 use super::gate::Gate;
 use super::index::WRITER_WAIT;
@@ -85,6 +86,7 @@ pub struct Context {
     backup: AtomicBool,
     next_ino: AtomicU64,
     front: RwLock<Option<Arc<dyn Front>>>,
+    primary: RwLock<Option<Arc<dyn Primary>>>,
     events: broadcast::Sender<Event>,
     subscribers: Mutex<Vec<Weak<Changes>>>,
     jobs: mpsc::Sender<Job>,
@@ -140,6 +142,7 @@ impl Context {
             backup: AtomicBool::new(false),
             next_ino: AtomicU64::new(16),
             front: RwLock::new(None),
+            primary: RwLock::new(None),
             events: broadcast::Sender::new(EVENT_CAPACITY),
             subscribers: Mutex::new(Vec::new()),
             jobs,
@@ -184,6 +187,16 @@ impl Context {
     /// Sets or takes away the mount.
     pub fn set_front(&self, front: Option<Arc<dyn Front>>) {
         *self.front.write() = front;
+    }
+
+    /// The primary, for replicas that want to write.
+    pub fn primary(&self) -> Option<Arc<dyn Primary>> {
+        self.primary.read().clone()
+    }
+
+    /// Sets how the primary is reached, or takes it away.
+    pub fn set_primary(&self, primary: Option<Arc<dyn Primary>>) {
+        *self.primary.write() = primary;
     }
 
     /// Gives work to the keeper.

@@ -16,15 +16,17 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::ltx::{self, Pos};
 
 use super::capture::Captured;
 use super::context::{Context, Event};
 use super::error::StoreError;
+use super::forward::Hold;
+use super::halt::Halt;
 use super::log::{Log, LogStats};
 use super::overlay::Overlay;
 use super::replica::ReplicaLocks;
@@ -296,6 +298,8 @@ pub struct Database {
     pub(super) name: String,
     /// Inode number of its `-pos` file.
     pub pos_ino: u64,
+    /// Inode number of its `-lock` file.
+    pub lock_ino: u64,
     pub(super) dir: PathBuf,
     pub(super) context: Arc<Context>,
     pub(super) state: Mutex<State>,
@@ -315,6 +319,12 @@ pub struct Database {
     pub(super) checkpointing: Mutex<()>,
     /// The position of which all that the primary does not have is set aside already.
     pub(super) aside: Mutex<Option<Pos>>,
+    /// The halt lock that this node, a replica, holds.
+    pub(super) hold: Hold,
+    /// The halt lock that this node, the primary, has given to a replica.
+    pub(super) halt: Halt,
+    /// Rung when `published` moves.
+    moved: Condvar,
     /// When a refusal was last logged, in seconds since the Unix epoch.
     warned: AtomicU64,
 }
@@ -325,6 +335,7 @@ impl Database {
         let db = Arc::new(Database {
             name: name.to_owned(),
             pos_ino: context.next_ino(),
+            lock_ino: context.next_ino(),
             dir: dir.to_owned(),
             context: context.clone(),
             state: Mutex::new(State::new(dir)),
@@ -337,6 +348,9 @@ impl Database {
             shm_mapped: Mutex::default(),
             checkpointing: Mutex::default(),
             aside: Mutex::default(),
+            hold: Hold::default(),
+            halt: Halt::default(),
+            moved: Condvar::new(),
             warned: AtomicU64::new(0),
         });
         let weak = Arc::downgrade(&db);
@@ -356,6 +370,17 @@ impl Database {
     /// The position that is on disk.
     pub fn pos(&self) -> Pos {
         self.published.lock().pos
+    }
+
+    /// Waits until the position on disk is this one, or until then; the position.
+    pub(super) fn wait_pos(&self, wanted: Pos, until: Instant) -> Pos {
+        let mut published = self.published.lock();
+        while published.pos != wanted {
+            if self.moved.wait_until(&mut published, until).timed_out() {
+                break;
+            }
+        }
+        published.pos
     }
 
     /// The position that the newest commit has led to; its flush may be still to come.
@@ -530,6 +555,7 @@ impl Database {
         let n = pending.iter().take_while(|p| p.pos.txid <= txid).count();
         for p in pending.drain(..n) {
             *self.published.lock() = p;
+            self.moved.notify_all();
             self.context.publish(Event::Tx {
                 db: self.name.clone(),
                 pos: p.pos,

@@ -96,6 +96,14 @@ pub enum StoreError {
         /// How long was waited, in seconds.
         seconds: u64,
     },
+    /// The halt lock is not to be had, is not the caller's, or a forwarded commit failed.
+    #[error("{db}: {what}")]
+    HaltLock {
+        /// The database.
+        db: String,
+        /// What is the matter with it.
+        what: String,
+    },
     /// A commit cannot be acknowledged any more.
     #[error(
         "{0}: this node stopped being primary before the transaction was answered: it may or may not be kept"

@@ -16,6 +16,7 @@ use super::context::Job;
 use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
 use super::error::StoreError;
 use super::rollback::JournalEnd;
+use super::wal::Scanned;
 
 /// Receives the outcome of an operation, once.
 pub type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
@@ -40,7 +41,7 @@ impl Database {
         if let Some(f) = st.files.slot(kind) {
             return Ok(f.clone());
         }
-        if !by_node && kind != FileKind::Shm && !self.context.is_writable() {
+        if !by_node && kind != FileKind::Shm && !self.is_writable() {
             return Err(StoreError::NotPrimary(self.mount_name(kind)));
         }
         if kind != FileKind::Database && st.files.database.is_none() {
@@ -141,9 +142,12 @@ impl Database {
 
     /// A write to the WAL, which may complete a transaction.
     fn write_wal_answered(self: &Arc<Self>, offset: u64, data: &[u8], done: Done) {
+        if self.holds_halt() {
+            return self.write_wal_there(offset, data, done);
+        }
         let result = self.begin_commit().and_then(|pass| {
-            let committed = self.write_wal(&mut self.lock(), offset, data)?;
-            Ok((pass, committed))
+            let scanned = self.write_wal(&mut self.lock(), offset, data)?;
+            Ok((pass, matches!(scanned, Scanned::Committed)))
         });
         // The pass is given back after the answer.
         let (result, _pass) = match result {
@@ -180,7 +184,7 @@ impl Database {
     /// Whether an application may change anything at this moment.
     pub(super) fn check_writable(&self, st: &State) -> Result<(), StoreError> {
         self.check_usable(st)?;
-        if !self.context.is_writable() {
+        if !self.is_writable() {
             return Err(StoreError::NotPrimary(self.name.clone()));
         }
         if st.committing {
@@ -303,6 +307,7 @@ impl Database {
     fn truncate_wal(&self, f: &DbFile, size: u64) -> Result<(), StoreError> {
         let mut st = self.lock();
         self.check_writable(&st)?;
+        self.check_not_forwarding(&st)?;
         if size < crate::sqlite::wal::WAL_HEADER_SIZE as u64 {
             self.backfill_all(&mut st)?;
             st.wal.reset();
@@ -328,11 +333,12 @@ impl Database {
             self.name.clone(),
             self.dir.clone(),
         );
+        let decided_there = self.decided_there();
         let answer = move |flushed: std::io::Result<()>| {
             // With synchronous=FULL this is a commit's verdict.
             let flushed = flushed.map_err(StoreError::io("flush the log of", dir));
             done(flushed.and_then(|()| {
-                if gate.is_valid() {
+                if decided_there || gate.is_valid() {
                     Ok(())
                 } else {
                     Err(StoreError::Unanswered(name))
@@ -357,6 +363,10 @@ impl Database {
         }
         let path = self.path(kind);
         let result = match kind {
+            FileKind::Database if self.holds_halt() => {
+                drop(st);
+                return done(Err(StoreError::NotPrimary(self.name.clone())));
+            }
             FileKind::Database => {
                 drop(st);
                 return self.drop_database(done);
@@ -365,7 +375,9 @@ impl Database {
                 drop(st);
                 return self.end_journal(JournalEnd::Unlink, done);
             }
-            FileKind::Wal => self.backfill_all(&mut st),
+            FileKind::Wal => self
+                .check_not_forwarding(&st)
+                .and_then(|()| self.backfill_all(&mut st)),
             FileKind::Journal | FileKind::Shm => Ok(()),
         };
         let result = result.and_then(|()| {
@@ -465,7 +477,7 @@ impl Database {
     /// A handle of a file was given up. If it was a writer's that died after its commit was logged
     /// and before others could see it, the WAL index is behind.
     pub fn released(self: &Arc<Self>, f: &DbFile, could_write: bool) {
-        if f.kind == FileKind::Wal && could_write && !f.is_deleted() && self.context.is_writable() {
+        if f.kind == FileKind::Wal && could_write && !f.is_deleted() && self.is_writable() {
             self.context.keep(Job::CheckIndex(self.clone()));
         }
     }

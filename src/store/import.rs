@@ -21,7 +21,9 @@ use std::io::{Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+use parking_lot::MutexGuard;
 
 use crate::ltx::{self, Encoder, Header, Pos};
 use crate::sqlite::header::{self, DbHeader};
@@ -104,6 +106,9 @@ impl Store {
         result
     }
 }
+
+/// Pause between two looks at whether the halt lock is free.
+const HALT_PAUSE: Duration = Duration::from_millis(50);
 
 /// What takes a database's place.
 enum Replacement<'a> {
@@ -318,9 +323,7 @@ impl Drop for Importing<'_> {
 impl Database {
     fn replace(self: &Arc<Self>, c: &mut Replacement<'_>) -> Result<Pos, StoreError> {
         let deadline = Instant::now() + READER_WAIT;
-        let Some(mut locks) = self.replica.try_lock_until(deadline) else {
-            return Err(lock_timeout(self, "another import to end"));
-        };
+        let mut locks = self.alone(deadline)?;
         let created = self.make_file()?;
         let result = self.replace_once_idle(&mut locks, c, deadline);
         locks.close(self);
@@ -330,6 +333,24 @@ impl Database {
         }
         self.context.keep(Job::CheckIndex(self.clone()));
         result
+    }
+
+    /// The applier's locks, once no other import is under way and no replica has the halt lock:
+    /// that holds SQLite's locks by the very descriptors that an import would lock.
+    fn alone(&self, deadline: Instant) -> Result<MutexGuard<'_, ReplicaLocks>, StoreError> {
+        loop {
+            let Some(locks) = self.replica.try_lock_until(deadline) else {
+                return Err(lock_timeout(self, "another import to end"));
+            };
+            if !self.halt.is_held() {
+                return Ok(locks);
+            }
+            drop(locks);
+            if Instant::now() >= deadline {
+                return Err(lock_timeout(self, "the halt lock, which a replica has"));
+            }
+            std::thread::sleep(HALT_PAUSE);
+        }
     }
 
     /// Makes an empty database file if there is none; whether it did.
@@ -422,7 +443,7 @@ impl Database {
         let mut exclusive = None;
         if wal_mode || hot {
             let slice = deadline.min(Instant::now() + SLICE);
-            match Exclusive::acquire(self, &file, slice, false) {
+            match Exclusive::acquire(self, &file, slice, false, false) {
                 Ok(e) => exclusive = Some(e),
                 Err(StoreError::LockTimeout { .. }) if Instant::now() < deadline => {
                     return Ok(None);
@@ -439,7 +460,7 @@ impl Database {
         let captured = incoming.captured(false);
         let _exclusive = match exclusive {
             Some(e) => e,
-            None => Exclusive::acquire(self, &file, deadline, false)?,
+            None => Exclusive::acquire(self, &file, deadline, false, false)?,
         };
         let pass = self.begin_commit()?;
         if incoming.header.is_snapshot() {

@@ -28,8 +28,10 @@ mod divergent;
 mod epoch;
 mod error;
 mod files;
+mod forward;
 pub mod front;
 mod gate;
+mod halt;
 mod import;
 mod index;
 mod intent;
@@ -59,9 +61,10 @@ pub use database::{Counters, Database, DbFile, FileKind};
 pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;
 pub use files::Done;
+pub use forward::{Cancelled, Decided, HALT_TTL, HALT_WAIT, Outgoing, Primary, Verdict};
 pub use import::ImportError;
 pub use log::LogStats;
-pub use names::{Name, check_database};
+pub use names::{LOCK_DIR, Name, check_database};
 pub use receive::Received;
 pub use records::{Next, Record};
 pub use snapshot::Snapshot;
@@ -341,6 +344,15 @@ impl Store {
             self.databases().iter().for_each(|d| d.release_locks());
         }
         self.context.set_front(front);
+    }
+
+    /// Sets how the primary is reached by this node as a replica that wants to write; `None`: every
+    /// halt lock that it holds is given up first.
+    pub fn set_primary(&self, primary: Option<Arc<dyn Primary>>) {
+        if primary.is_none() {
+            self.databases().iter().for_each(|d| d.end_hold(None));
+        }
+        self.context.set_primary(primary);
     }
 
     /// The primary's clock, at a moment when this replica had all that the primary had.

@@ -8,6 +8,9 @@ use super::error::StoreError;
 /// Longest name of a database, in bytes: room for every suffix within a file name.
 const MAX_NAME: usize = 200;
 
+/// The directory of the halt locks' files, in the mount.
+pub const LOCK_DIR: &str = ".lock";
+
 /// A name, understood.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Name<'a> {
@@ -23,6 +26,8 @@ pub enum Name<'a> {
     Primary,
     /// `.lag`
     Lag,
+    /// `.lock`: where the files of the halt locks are.
+    LockDir,
     /// Nothing that can exist here.
     Invalid,
 }
@@ -33,6 +38,7 @@ impl Name<'_> {
         match name {
             ".primary" => return Name::Primary,
             ".lag" => return Name::Lag,
+            LOCK_DIR => return Name::LockDir,
             _ => {}
         }
         if is_super_journal_file_name(name) {
@@ -66,7 +72,7 @@ fn is_database(name: &str) -> bool {
         || is_super_journal_file_name(name);
     !name.is_empty()
         && name.len() <= MAX_NAME
-        && !matches!(name, "." | ".." | ".primary" | ".lag")
+        && !matches!(name, "." | ".." | ".primary" | ".lag" | LOCK_DIR)
         && !name.contains(['/', '\0'])
         && !reserved
 }

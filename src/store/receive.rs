@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,6 +34,7 @@ pub enum Received {
 pub(super) struct Spool {
     memory: Vec<u8>,
     file: Option<File>,
+    size: u64,
     dir: std::path::PathBuf,
 }
 
@@ -41,11 +43,13 @@ impl Spool {
         Spool {
             memory: Vec::new(),
             file: None,
+            size: 0,
             dir: dir.to_owned(),
         }
     }
 
     pub fn add(&mut self, data: &[u8]) -> io::Result<()> {
+        self.size += data.len() as u64;
         if self.file.is_none() && self.memory.len() + data.len() > SPOOL_MEMORY {
             let mut file = tempfile::tempfile_in(&self.dir)?;
             file.write_all(&self.memory)?;
@@ -59,6 +63,23 @@ impl Spool {
                 Ok(())
             }
         }
+    }
+
+    /// Bytes so far.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Copies bytes from `offset` on; returns how many, 0 at the end.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        if let Some(file) = &self.file {
+            return file.read_at(buf, offset);
+        }
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        let rest = self.memory.get(from..).unwrap_or_default();
+        let n = rest.len().min(buf.len());
+        buf[..n].copy_from_slice(&rest[..n]);
+        Ok(n)
     }
 
     /// The bytes from the beginning.
@@ -170,8 +191,18 @@ impl Store {
     ) -> Result<Received, StoreError> {
         super::names::check_database(name)?;
         let incoming = Incoming::read(self.data_dir(), from, name)?;
-        if incoming.header.node_id == self.node_id() && !incoming.header.is_snapshot() {
+        let own = incoming.header.node_id == self.node_id() && !incoming.header.is_snapshot();
+        if own
+            && self
+                .database(name)
+                .is_some_and(|db| db.knows_own(&incoming))
+        {
             return Ok(Received::Known);
+        }
+        if let Some(db) = self.database(name) {
+            // What another node made means that the halt lock is lost, if this one believed to
+            // hold it; so does what this one made and was never told of.
+            db.end_hold(None);
         }
         let db = self.database_for_apply(name, incoming.header.is_snapshot())?;
         if incoming.header.is_snapshot() {
@@ -222,7 +253,14 @@ impl Database {
 
     /// Applies a checked file; see the `replica` module for how.
     pub(super) fn apply(self: &Arc<Self>, mut incoming: Incoming) -> Result<Received, StoreError> {
-        let mut locks = self.replica.lock();
+        let mut locks = loop {
+            let locks = self.replica.lock();
+            if !self.holds_halt() {
+                break locks;
+            }
+            drop(locks);
+            self.end_hold(None);
+        };
         if incoming.pos() == self.lock().pos {
             return Ok(Received::Known);
         }

@@ -37,6 +37,17 @@ pub(super) struct ReplicaLocks {
     /// The database, with its inode number.
     database: Option<(u64, File)>,
     pub shm: Option<SharedIndex>,
+    /// A lock against writers that stays when a transaction is applied: of the halt lock.
+    pub held: Option<Held>,
+}
+
+/// Which of SQLite's locks keeps writers out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Held {
+    /// RESERVED, on the database file.
+    Reserved,
+    /// WRITE, on the WAL index.
+    Write,
 }
 
 impl ReplicaLocks {
@@ -46,6 +57,29 @@ impl ReplicaLocks {
             shm.close(db);
         }
         self.database = None;
+        self.held = None;
+    }
+
+    /// RESERVED, if nobody has it.
+    pub fn try_reserve(&mut self, db: &Database, ino: u64) -> Result<bool, StoreError> {
+        let file = self.database(db, ino)?;
+        let reserved = locks::try_lock(file.as_fd(), LockKind::Exclusive, locks::RESERVED_BYTE, 1)
+            .map_err(StoreError::io("lock", db.mount_name(FileKind::Database)))?;
+        self.held = reserved.then_some(Held::Reserved);
+        Ok(reserved)
+    }
+
+    /// Drops what a writer that died has left, as the next connection would by its hot journal. To
+    /// be called with RESERVED.
+    pub fn clear_dead_transaction(&mut self, db: &Database, ino: u64) -> Result<(), StoreError> {
+        let file = self.database(db, ino)?;
+        let _exclusive = Exclusive::acquire(db, file, Instant::now() + READER_WAIT, false, true)?;
+        db.roll_back(&mut db.lock())?;
+        if let Some(front) = db.context.front() {
+            front.invalidate_data(ino, 0, 0);
+            front.invalidate_entry(&db.mount_name(FileKind::Journal));
+        }
+        Ok(())
     }
 
     /// The database file in the mount.
@@ -137,6 +171,8 @@ pub(super) struct Exclusive<'a> {
     file: &'a File,
     /// What to leave behind: a connection in WAL mode keeps its shared lock.
     keep_shared: bool,
+    /// RESERVED was held before, and stays.
+    keep_reserved: bool,
 }
 
 impl<'a> Exclusive<'a> {
@@ -145,8 +181,13 @@ impl<'a> Exclusive<'a> {
         file: &'a File,
         deadline: Instant,
         keep_shared: bool,
+        keep_reserved: bool,
     ) -> Result<Exclusive<'a>, StoreError> {
-        let exclusive = Exclusive { file, keep_shared };
+        let exclusive = Exclusive {
+            file,
+            keep_shared,
+            keep_reserved,
+        };
         for (start, len, name) in [
             (locks::RESERVED_BYTE, 1, "the RESERVED lock"),
             (locks::PENDING_BYTE, 1, "the PENDING lock"),
@@ -181,7 +222,8 @@ impl Drop for Exclusive<'_> {
         } else {
             locks::unlock(fd, locks::SHARED_FIRST, locks::SHARED_SIZE)
         };
-        let _ = locks::unlock(fd, locks::PENDING_BYTE, 2);
+        let bytes = if self.keep_reserved { 1 } else { 2 };
+        let _ = locks::unlock(fd, locks::PENDING_BYTE, bytes);
     }
 }
 
@@ -240,7 +282,10 @@ impl Database {
     }
 
     /// Has a WAL if the database asks for one, and gives up one that it asks for no more.
-    fn settle_mode(self: &Arc<Self>, locks: &mut ReplicaLocks) -> Result<(), StoreError> {
+    pub(super) fn settle_mode(
+        self: &Arc<Self>,
+        locks: &mut ReplicaLocks,
+    ) -> Result<(), StoreError> {
         let (wal_mode, has_wal, ino) = {
             let st = self.lock();
             (
@@ -393,8 +438,10 @@ impl Database {
         c: &Captured,
         incoming: &mut Incoming,
     ) -> Result<(), StoreError> {
+        let reserved = locks.held == Some(Held::Reserved);
         let file = locks.database(self, ino)?;
-        let exclusive = Exclusive::acquire(self, file, Instant::now() + READER_WAIT, false)?;
+        let exclusive =
+            Exclusive::acquire(self, file, Instant::now() + READER_WAIT, false, reserved)?;
         // Before it is logged: after that, a full disk would cost the database.
         let size = u64::from(c.commit) * u64::from(c.page_size);
         self.reserve(&mut self.lock(), size)?;
@@ -493,7 +540,7 @@ impl Database {
     ) -> Result<(), StoreError> {
         let had_index = locks.shm.is_some();
         let file = locks.database(self, ino)?;
-        let exclusive = Exclusive::acquire(self, file, deadline, had_index)?;
+        let exclusive = Exclusive::acquire(self, file, deadline, had_index, false)?;
         self.log().flush_wait()?;
         let mut st = self.lock();
         self.backfill_all(&mut st)?;

@@ -22,7 +22,7 @@ use super::capture::Captured;
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
 use super::receive::Incoming;
-use super::replica::{READER_WAIT, ReplicaLocks, index_lock, lock_timeout};
+use super::replica::{Held, READER_WAIT, ReplicaLocks, index_lock, lock_timeout};
 use super::shm::SharedIndex;
 use super::wal::{Frame, newest_frames, note_newest};
 
@@ -59,7 +59,14 @@ impl Database {
             .file
             .try_clone()
             .map_err(StoreError::io("reopen", self.mount_name(FileKind::Shm)))?;
-        let write_lock = index_lock(self, &fd, WAL_WRITE_LOCK, 1, "the WAL's WRITE lock")?;
+        // Under the halt lock it is held already, by this very description, and stays.
+        let held = locks.held == Some(Held::Write);
+        let write_lock = if held {
+            None
+        } else {
+            let name = "the WAL's WRITE lock";
+            Some(index_lock(self, &fd, WAL_WRITE_LOCK, 1, name)?)
+        };
         if self.lock().wal_has_other_pages(c.page_size) {
             let _checkpointer = index_lock(self, &fd, WAL_CKPT_LOCK, 1, "the WAL's CKPT lock")?;
             self.empty_wal(shared, ino, Instant::now() + READER_WAIT)?;
@@ -70,8 +77,9 @@ impl Database {
             st.wal.committed
         };
         self.reserve_frames(shared, c)?;
-        // The log's flush follows by itself: a power loss before it takes back what the primary sends again.
-        self.append_incoming(incoming, false)?;
+        // The log's flush follows by itself: a power loss before it takes back what the primary sends
+        // again. On the primary there is nobody to do so.
+        self.append_incoming(incoming, held)?;
         let wal_ino = {
             let mut st = self.lock();
             if let Err(e) = self.write_frames(&mut st, c, incoming) {
@@ -96,7 +104,7 @@ impl Database {
         self.publish_applied(c);
         shown?;
         if self.lock().wal.unbackfilled() >= CHECKPOINT_FRAMES {
-            self.checkpoint_wal(shared, ino)?;
+            self.checkpoint_wal(shared, ino, held)?;
         }
         let mut st = self.lock();
         self.after_advance(&mut st);
@@ -394,6 +402,7 @@ impl Database {
         self: &Arc<Self>,
         shared: &mut SharedIndex,
         ino: u64,
+        write_held: bool,
     ) -> Result<(), StoreError> {
         self.log().flush_wait()?;
         let name = self.mount_name(FileKind::Shm);
@@ -404,13 +413,16 @@ impl Database {
             .map_err(StoreError::io("reopen", &name))?;
         let fd = fd.as_fd();
         // WRITE as well: nobody recovers the index meanwhile.
-        for lock in [WAL_WRITE_LOCK, WAL_CKPT_LOCK] {
-            if !locks::try_lock(fd, LockKind::Exclusive, lock, 1).map_err(io)? {
-                locks::unlock(fd, WAL_WRITE_LOCK, 2).map_err(io)?;
-                return Ok(());
-            }
+        let first = if write_held {
+            WAL_CKPT_LOCK
+        } else {
+            WAL_WRITE_LOCK
+        };
+        let count = WAL_CKPT_LOCK + 1 - first;
+        if !locks::try_lock(fd, LockKind::Exclusive, first, count).map_err(io)? {
+            return Ok(());
         }
-        let _locks = locks_guard(fd, WAL_WRITE_LOCK, 2);
+        let _locks = locks_guard(fd, first, count);
         let (committed, backfilled) = {
             let st = self.lock();
             (st.wal.committed, st.wal.backfilled)

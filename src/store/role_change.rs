@@ -44,6 +44,9 @@ impl Store {
         let is_primary = role == Role::Primary;
         if !is_primary {
             self.context.gate.set_primary(false);
+        } else {
+            // The primary that gave this node its halt locks is none any more.
+            self.databases().iter().for_each(|db| db.end_hold(None));
         }
         let old = std::mem::replace(&mut *self.role.write(), role.clone());
         if is_primary {
@@ -51,6 +54,8 @@ impl Store {
                 self.databases().iter().for_each(Database::promote);
             }
             self.context.gate.set_primary(true);
+            // One that was being taken meanwhile; from now on none is.
+            self.databases().iter().for_each(|db| db.end_hold(None));
         } else {
             if old == Role::Primary {
                 self.demote();
@@ -90,6 +95,7 @@ impl Store {
             .collect();
         self.context.keep(Job::InvalidateEntries(gone));
         for db in self.databases() {
+            db.revoke_halt("this node is primary no more");
             if let Err(e) = db.demote() {
                 tracing::error!(db = db.name(), error = %e, "a transaction that was open could not be cleared away");
             }
@@ -108,7 +114,7 @@ impl Store {
 
 impl Database {
     /// Takes open transactions away from applications; see the module.
-    fn demote(self: &Arc<Self>) -> Result<(), StoreError> {
+    pub(super) fn demote(self: &Arc<Self>) -> Result<(), StoreError> {
         let (stale, result) = {
             let mut st = self.lock();
             let mut stale = Stale::default();

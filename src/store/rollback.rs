@@ -105,6 +105,9 @@ impl Database {
 
     /// The commit point.
     pub(super) fn end_journal(self: &Arc<Self>, end: JournalEnd, done: Done) {
+        if self.holds_halt() {
+            return self.end_journal_there(end, done);
+        }
         let mut st = self.lock();
         let captured = match self.capture_rollback(&mut st) {
             Ok(c) => c,
@@ -115,9 +118,7 @@ impl Database {
             }
         };
         let Some((captured, pass)) = captured else {
-            let result = self
-                .discard_overlay(&mut st)
-                .and_then(|()| self.finish_journal(&mut st, end));
+            let result = self.end_unchanged(&mut st, end);
             drop(st);
             return done(result);
         };
@@ -158,8 +159,14 @@ impl Database {
         });
     }
 
+    /// The end of a journal that stands for nothing.
+    pub(super) fn end_unchanged(&self, st: &mut State, end: JournalEnd) -> Result<(), StoreError> {
+        self.discard_overlay(st)
+            .and_then(|()| self.finish_journal(st, end))
+    }
+
     /// The kernel believes that a journal is as it was, because its end was answered with an error.
-    fn forget_journal(&self, journal: Option<u64>) {
+    pub(super) fn forget_journal(&self, journal: Option<u64>) {
         let name = self.mount_name(FileKind::Journal);
         self.context.keep(Job::InvalidateEntries(vec![name]));
         if let Some(ino) = journal {
@@ -425,7 +432,7 @@ impl Database {
     }
 
     /// Does to the journal what the application asked for.
-    fn finish_journal(&self, st: &mut State, end: JournalEnd) -> Result<(), StoreError> {
+    pub(super) fn finish_journal(&self, st: &mut State, end: JournalEnd) -> Result<(), StoreError> {
         st.journal_active = false;
         let path = self.path(FileKind::Journal);
         let Some(journal) = st.files.journal.clone() else {

@@ -15,6 +15,7 @@
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use crate::ltx;
 use crate::sqlite::header::DbHeader;
@@ -22,10 +23,11 @@ use crate::sqlite::wal::{
     FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalChecksum, WalHeader, frame_offset,
 };
 
-use super::capture::{Shape, WalPlace};
+use super::capture::{Captured, Shape, WalPlace};
 use super::context::Job;
 use super::database::{Database, DbFile, FileKind, State};
 use super::error::StoreError;
+use super::forward::Outgoing;
 
 /// A frame of the valid chain.
 #[derive(Clone, Copy, Debug)]
@@ -59,6 +61,28 @@ pub(super) struct WalCapture {
     /// A transaction may be open that was begun before this node last stopped being primary: it may
     /// write nothing. The index check ends this once it has had the WRITE lock.
     pub stale: bool,
+    /// The primary decides about the frames beyond the committed ones: nothing may change.
+    pub forwarding: bool,
+}
+
+/// What a write to the WAL made of it.
+pub(super) enum Scanned {
+    /// No transaction was completed.
+    Nothing,
+    /// One was, and is logged.
+    Committed,
+    /// One was, and the primary is to decide about it.
+    Forward(Box<PreparedWal>),
+}
+
+/// A transaction in the WAL that is not logged yet.
+pub(super) struct PreparedWal {
+    pub captured: Captured,
+    /// Its pages, ascending, with the indexes of their frames.
+    pub pages: Vec<(u32, usize)>,
+    /// The number of frames up to its end.
+    pub end: usize,
+    pub ltx: Arc<Outgoing>,
 }
 
 impl WalCapture {
@@ -129,14 +153,15 @@ impl WalCapture {
 }
 
 impl Database {
-    /// A write to the WAL; true if it completed a transaction.
+    /// A write to the WAL.
     pub(super) fn write_wal(
         self: &Arc<Self>,
         st: &mut State,
         offset: u64,
         data: &[u8],
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Scanned, StoreError> {
         self.check_writable(st)?;
+        self.check_not_forwarding(st)?;
         if st.wal.stale {
             self.context.keep(Job::CheckIndex(self.clone()));
             return Err(self.refuse("a write to the WAL by a transaction that was begun before this node became primary: it succeeds when it is tried again"));
@@ -190,21 +215,21 @@ impl Database {
         st: &mut State,
         wal: &DbFile,
         from: u64,
-    ) -> Result<bool, StoreError> {
+    ) -> Result<Scanned, StoreError> {
         let Some(header) = st.wal.header else {
-            return Ok(false);
+            return Ok(Scanned::Nothing);
         };
         let frame_size = u64::from(header.page_size) + FRAME_HEADER_SIZE as u64;
         let first = (from.saturating_sub(WAL_HEADER_SIZE as u64) / frame_size) as usize;
         let keep = first.max(st.wal.committed);
         st.wal.frames.truncate(keep);
         let mut buf = vec![0u8; frame_size as usize];
-        let mut committed = false;
+        let mut scanned = Scanned::Nothing;
         loop {
             let index = st.wal.frames.len();
             let at = st.wal.offset(index);
             if at + frame_size > st.wal.written_to {
-                return Ok(committed);
+                return Ok(scanned);
             }
             wal.file
                 .read_exact_at(&mut buf, at)
@@ -216,7 +241,7 @@ impl Database {
                 && (frame.salt1, frame.salt2) == (header.salt1, header.salt2)
                 && frame.expected_checksum(header.big_endian, chain, page) == frame.checksum;
             if !whole {
-                return Ok(committed);
+                return Ok(scanned);
             }
             let sum = ltx::page_checksum(frame.pgno, page);
             st.wal.frames.push(Frame {
@@ -225,31 +250,55 @@ impl Database {
                 chain: frame.checksum,
             });
             if frame.commit != 0 {
-                if let Err(e) = self.capture_wal(st, wal, frame.commit) {
-                    st.wal.frames.truncate(index);
-                    // The page stays in the file. Tried again with the same bytes, the commit would
-                    // be complete with the frame's header, and the write of its page be refused:
-                    // what counts as written ends before the frame.
-                    st.wal.written_to = st.wal.written_to.min(at);
-                    // Whoever recovers the index goes by the file: no commit may stand there that
-                    // was refused.
-                    wal.file
-                        .write_all_at(&[0; FRAME_HEADER_SIZE], at)
-                        .map_err(StoreError::io("write WAL", self.path(FileKind::Wal)))?;
-                    return Err(e);
+                match self.capture_wal(st, wal, frame.commit) {
+                    // The rest, if there is one, is looked at with the next write.
+                    Ok(Some(prepared)) => return Ok(Scanned::Forward(Box::new(prepared))),
+                    Ok(None) => scanned = Scanned::Committed,
+                    Err(e) => {
+                        self.undo_commit_frame(st, index)?;
+                        return Err(e);
+                    }
                 }
-                committed = true;
             }
         }
     }
 
-    /// Logs the transaction that the frames beyond the committed ones make.
+    /// Takes back the frame that completes a transaction which is refused.
+    pub(super) fn undo_commit_frame(&self, st: &mut State, index: usize) -> Result<(), StoreError> {
+        let at = st.wal.offset(index);
+        st.wal.frames.truncate(index);
+        // The page stays in the file. Tried again with the same bytes, the commit would
+        // be complete with the frame's header, and the write of its page be refused:
+        // what counts as written ends before the frame.
+        st.wal.written_to = st.wal.written_to.min(at);
+        let Some(wal) = st.files.wal.clone() else {
+            return Ok(());
+        };
+        // Whoever recovers the index goes by the file: no commit may stand there that
+        // was refused.
+        wal.file
+            .write_all_at(&[0; FRAME_HEADER_SIZE], at)
+            .map_err(StoreError::io("write WAL", self.path(FileKind::Wal)))
+    }
+
+    /// An error while the primary decides about a transaction.
+    pub(super) fn check_not_forwarding(&self, st: &State) -> Result<(), StoreError> {
+        if st.wal.forwarding {
+            return Err(self.refuse(
+                "a change of the WAL while the primary decides about a transaction in it",
+            ));
+        }
+        Ok(())
+    }
+
+    /// Logs the transaction that the frames beyond the committed ones make, or gives it to be
+    /// decided by the primary.
     fn capture_wal(
         self: &Arc<Self>,
         st: &mut State,
         wal: &DbFile,
         commit: u32,
-    ) -> Result<(), StoreError> {
+    ) -> Result<Option<PreparedWal>, StoreError> {
         let header = st.wal.header.expect("the scan has one");
         let (start, end) = (st.wal.committed, st.wal.frames.len());
         let pages = newest_frames(&st.wal.frames, start, commit);
@@ -269,7 +318,7 @@ impl Database {
         if changed.is_empty() && commit == st.page_count {
             // Known already, or the padding that some settings add: no transaction, but committed.
             st.wal.committed = end;
-            return Ok(());
+            return Ok(None);
         }
         // Nothing may fail once the transaction is in the log.
         let cut = commit.saturating_add(1)..=st.page_count;
@@ -308,15 +357,37 @@ impl Database {
             commit,
             wal_mode,
         };
+        if self.holds_halt() {
+            let mut ltx = Outgoing::new(&self.dir);
+            let captured = self.encode_transaction(st, changed, shape, place, read, &mut ltx)?;
+            return Ok(Some(PreparedWal {
+                captured,
+                pages,
+                end,
+                ltx: Arc::new(ltx),
+            }));
+        }
         let captured = self.append_transaction(st, changed, shape, place, read)?;
-        let shrunk = commit < st.page_count;
-        self.advance(st, &captured);
-        note_newest(st, &pages, captured.pos.txid, shrunk);
+        self.hold.decided_there.store(false, Ordering::Release);
+        self.commit_wal(st, &captured, &pages, end);
+        Ok(None)
+    }
+
+    /// Moves the state on to a transaction in the WAL that is logged.
+    pub(super) fn commit_wal(
+        self: &Arc<Self>,
+        st: &mut State,
+        captured: &Captured,
+        pages: &[(u32, usize)],
+        end: usize,
+    ) {
+        let shrunk = captured.commit < st.page_count;
+        self.advance(st, captured);
+        note_newest(st, pages, captured.pos.txid, shrunk);
         st.wal.committed = end;
-        self.note_captured(&captured);
+        self.note_captured(captured);
         self.context.flush_soon(self);
         self.after_advance(st);
-        Ok(())
     }
 
     /// Pages that the transaction adds to the database without writing them (free ones) are zeros
