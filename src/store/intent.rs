@@ -25,6 +25,7 @@ use super::error::StoreError;
 use super::log_recovery::sync_dir;
 use super::names;
 use super::receive::Incoming;
+use super::segment::BodyReader;
 
 const MAGIC: &[u8; 8] = b"TNRSUPER";
 const TAIL: u64 = 24;
@@ -114,11 +115,7 @@ impl Intent {
     /// The LTX file of the part with this index.
     pub fn body(&self, index: usize) -> impl Read + '_ {
         let part = &self.parts[index];
-        Body {
-            file: self.out.get_ref(),
-            offset: part.offset,
-            left: part.length,
-        }
+        BodyReader::new(self.out.get_ref(), part.offset, part.length)
     }
 
     /// All parts are in their logs.
@@ -145,27 +142,6 @@ impl Drop for Intent {
             // Without its tail it counts for nothing, should it stay.
             let _ = fs::remove_file(&self.path);
         }
-    }
-}
-
-struct Body<'a> {
-    file: &'a File,
-    offset: u64,
-    left: u64,
-}
-
-impl Read for Body<'_> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let want = usize::try_from(self.left)
-            .unwrap_or(usize::MAX)
-            .min(buf.len());
-        let n = self.file.read_at(&mut buf[..want], self.offset)?;
-        if n == 0 && want > 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        self.offset += n as u64;
-        self.left -= n as u64;
-        Ok(n)
     }
 }
 
@@ -246,11 +222,7 @@ impl Store {
     fn finish_intent(&self, file: &File, parts: &[Part]) -> Result<(), StoreError> {
         let mut incoming = Vec::new();
         for p in parts {
-            let mut body = Body {
-                file,
-                offset: p.offset,
-                left: p.length,
-            };
+            let mut body = BodyReader::new(file, p.offset, p.length);
             match Incoming::read(self.data_dir(), &mut body, &p.db) {
                 Ok(part) => incoming.push((self.database_or_new(&p.db)?, part)),
                 // The power went before all of it was on disk, and so before any log had a part.

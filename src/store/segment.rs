@@ -17,6 +17,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Deref;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -366,32 +367,39 @@ pub fn read_header(file: &File, salt: u64, offset: u64) -> io::Result<RecordHead
 impl Segment {
     /// The LTX file of the record at `offset`.
     pub fn body_reader(&self, offset: u64, length: u64) -> BodyReader {
-        BodyReader {
-            file: self.file.clone(),
-            offset: offset + RECORD_HEADER_SIZE as u64,
-            left: length,
-        }
+        BodyReader::new(
+            self.file.clone(),
+            offset + RECORD_HEADER_SIZE as u64,
+            length,
+        )
     }
 }
 
-/// Reads a record's LTX file.
+/// Reads an LTX file that is a part of another file; `F` is what keeps that open.
 #[derive(Debug)]
-pub struct BodyReader {
-    file: Arc<File>,
+pub struct BodyReader<F = Arc<File>> {
+    file: F,
     offset: u64,
     left: u64,
 }
 
-impl BodyReader {
+impl<F: Deref<Target = File>> BodyReader<F> {
+    /// The `length` bytes from `offset` on.
+    pub fn new(file: F, offset: u64, length: u64) -> Self {
+        BodyReader {
+            file,
+            offset,
+            left: length,
+        }
+    }
+
     /// Goes on behind this many bytes, at most at the end.
     pub fn skip(&mut self, bytes: u64) {
         let bytes = bytes.min(self.left);
         self.offset += bytes;
         self.left -= bytes;
     }
-}
 
-impl BodyReader {
     /// Fills `buf` with the bytes that come next, which are read again afterwards.
     pub fn peek(&self, buf: &mut [u8]) -> io::Result<()> {
         if (buf.len() as u64) > self.left {
@@ -401,7 +409,7 @@ impl BodyReader {
     }
 }
 
-impl Read for BodyReader {
+impl<F: Deref<Target = File>> Read for BodyReader<F> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let want = usize::try_from(self.left)
             .unwrap_or(usize::MAX)

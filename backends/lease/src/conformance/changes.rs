@@ -79,7 +79,7 @@ pub async fn handoff(service: &dyn Service) {
                 third
                     .primary_info()
                     .await
-                    .expect("a primary during the handoff");
+                    .expect("the primary must be there while it was handed over");
                 sleep(Duration::from_millis(1)).await;
             }
         };
