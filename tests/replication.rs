@@ -527,3 +527,44 @@ fn a_write_on_a_replica_says_read_only() {
     let names: Vec<_> = names.flatten().map(|entry| entry.file_name()).collect();
     assert!(!names.iter().any(|n| n == "new.db"), "{names:?}");
 }
+
+/// Every counter and gauge of a database moves when there is reason to.
+#[test]
+fn what_is_done_to_a_database_is_counted() {
+    let pair = Cluster::static_pair(60);
+    for mode in ["delete", "wal"] {
+        let db = format!("{mode}.db");
+        create(&pair.primary, &db, mode);
+        insert(&pair.primary, &db, 0, 20);
+        wait_same_pos(&pair.primary, &pair.replica, &db);
+    }
+    let counted = |node: &common::Node, db: &str, name: &str| {
+        let numbers = node.http_get("/metrics").expect("/metrics");
+        let sample = format!("litefs_db_{name}{{db=\"{db}\"}} ");
+        let line = numbers.lines().find_map(|l| l.strip_prefix(&sample));
+        let line = line.unwrap_or_else(|| panic!("no {sample} in {numbers}"));
+        line.parse::<f64>().expect("a number")
+    };
+    let primary = |db, name| counted(&pair.primary, db, name);
+    for (db, names) in [
+        ("delete.db", ["database_write_count", "journal_write_count"]),
+        ("wal.db", ["wal_write_count", "wal_write_count"]),
+    ] {
+        assert!(primary(db, "commit_count") >= 21.0, "{db}");
+        assert_eq!(primary(db, "txid"), pair.primary.txid(db) as f64);
+        assert_eq!(primary(db, "ltx_count"), primary(db, "txid"));
+        assert!(primary(db, "ltx_bytes") > 1000.0, "{db}");
+        for name in names {
+            assert!(primary(db, name) >= 20.0, "{name} of {db}");
+        }
+        assert!(counted(&pair.replica, db, "commit_count") >= 1.0, "{db}");
+        assert!(counted(&pair.replica, db, "lag_seconds") >= 0.0, "{db}");
+    }
+    assert_eq!(pair.primary.metric("litefs_http_stream_count"), 1.0);
+    assert_eq!(pair.primary.metric("litefs_subscriber_count"), 1.0);
+    assert_eq!(pair.primary.metric("litefs_is_primary"), 1.0);
+    assert_eq!(pair.replica.metric("litefs_is_primary"), 0.0);
+    assert_eq!(pair.primary.metric("litefs_db_count"), 2.0);
+    assert!(pair.primary.metric("litefs_http_frame_send_count") >= 4.0);
+    assert!(pair.replica.metric("litefs_lag_seconds") < 60.0);
+}

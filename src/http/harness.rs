@@ -125,7 +125,7 @@ impl TestNode {
             promoter: Promoter::new(true, self.store.node_id(), self.status.subscribe()),
             status: self.status.subscribe(),
             candidate: true,
-            fenced: false,
+            fenced: self.store.epoch() > 0,
             path: "/data".into(),
             snapshot_timeout: Duration::from_secs(60),
             halt_ttl: self.halt_ttl,

@@ -19,7 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
-use crate::http::harness::{TestNode, golden};
+use crate::http::harness::{TestNode, eventually, golden};
 use crate::ltx::Pos;
 use crate::store::StoreError;
 
@@ -97,6 +97,57 @@ async fn follow(receiver: &Receiver, primary: &PrimaryInfo) -> Result<Ended, Str
 fn golden_body() -> Vec<u8> {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/fixtures/stream");
     fs::read(format!("{dir}/stream-body.bin")).unwrap()
+}
+
+#[tokio::test]
+async fn a_primary_that_is_older_than_one_that_was_followed_is_refused() {
+    let mut old = TestNode::new();
+    old.store.set_epoch(5).unwrap();
+    old.serve("127.0.0.1:0").await;
+    let url = old.url.clone();
+    old.run_role(true, &url, &[]);
+    old.seed("a.db", &golden("delete-4096-lz4")).await;
+    eventually("primary", || old.status.borrow().is_primary).await;
+    let primary = PrimaryInfo {
+        hostname: "old".into(),
+        advertise_url: url,
+    };
+    let node = TestNode::new();
+    node.store.set_epoch(6).unwrap();
+    let error = follow(&receiver(&node), &primary).await.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            StreamError::OldPrimary {
+                theirs: 5,
+                ours: 6,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    assert!(node.store.database("a.db").is_none());
+
+    // Named by the service once more, it is the numbers that began anew; and one that is as old as
+    // the last is the last.
+    for (epoch, confirmed) in [(6, true), (5, false), (0, false)] {
+        let node = TestNode::new();
+        node.store.set_epoch(epoch).unwrap();
+        let cancel = watch::Sender::new(false);
+        let (progress, mut reached) = mpsc::channel(8);
+        let mut cancelled = cancel.subscribe();
+        let receiver = receiver(&node);
+        let (ended, ()) = tokio::join!(
+            receiver.follow(&primary, confirmed, &mut cancelled, progress),
+            async {
+                assert_eq!(reached.recv().await, Some(Progress::Connected));
+                assert_eq!(reached.recv().await, Some(Progress::Ready(Some(5))));
+                cancel.send_replace(true);
+            }
+        );
+        assert_eq!(ended.unwrap(), Ended::Cancelled);
+        assert_eq!(node.pos("a.db"), old.pos("a.db"));
+    }
 }
 
 #[tokio::test]
