@@ -246,6 +246,19 @@ fn who_is_no_candidate_is_never_primary() {
     assert_eq!(run_on(&a, &["-if-candidate"]), (Some(0), true));
     assert!(a.is_primary());
 
+    // Not even when it is handed the lease: that goes back to one that may have it.
+    let log = a.log();
+    let connected = log.rsplit_once("a replica has connected replica=\"");
+    let id = &connected.expect("it is connected").1[..16];
+    a.http_post(&format!("/handoff?nodeID={id}"))
+        .expect("the order is obeyed");
+    let said = || replica.log().contains("which is no candidate");
+    wait_until("the lease to be given up", SOON, || {
+        if said() { Ok(()) } else { Err("not yet") }
+    });
+    await_primary(&a, ETCD.failover());
+    await_following(&replica, &a);
+
     // Not even when there is no other.
     a.kill9();
     assert_never_primary(&[&replica], ETCD.failover());

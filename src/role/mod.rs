@@ -244,6 +244,12 @@ impl Node {
             let lease = bounded(self.leaser.acquire_existing(&lease_id)).await;
             let lease = lease
                 .map_err(|e| Problem::new("cannot take over the lease that was handed over", &e))?;
+            if !self.config.candidate {
+                // Whoever gave the order meant another node; given up, the lease finds a candidate.
+                warn!("the lease was handed to this node, which is no candidate: giving it up");
+                primary::give_up(lease.as_ref()).await;
+                return Ok(Duration::ZERO);
+            }
             return Ok(self.as_primary(lease, stop).await);
         }
         let service_id = bounded(self.leaser.cluster_id())

@@ -305,7 +305,8 @@ impl Node {
     }
 }
 
-async fn give_up(lease: &dyn Lease) {
+/// Gives a lease up; if that fails, it expires by itself.
+pub(super) async fn give_up(lease: &dyn Lease) {
     if let Err(error) = bounded(lease.close()).await {
         debug!(%error, "giving up the lease failed; it expires by itself");
     }
