@@ -145,6 +145,26 @@ fn tell_systemd(state: sd_notify::NotifyState) {
     }
 }
 
+fn role_config(config: &Config) -> RoleConfig {
+    let lease = &config.lease;
+    RoleConfig {
+        candidate: lease.candidate,
+        promote: lease.promote,
+        demote_delay: lease.demote_delay,
+        reconnect_delay: lease.reconnect_delay,
+        databases: lease.databases.clone(),
+    }
+}
+
+fn store_options(config: &Config) -> StoreOptions {
+    StoreOptions {
+        data_dir: config.data.dir.clone(),
+        compress: config.data.compress,
+        retention: config.data.retention,
+        strict_verify: config.strict_verify,
+    }
+}
+
 /// The parts that run.
 struct Node {
     store: Arc<Store>,
@@ -166,12 +186,7 @@ impl Node {
         let server = Server::bind(&config.http.addr).await?;
         let addr = server.local_addr();
         let proxy = Proxy::bind(&config.proxy).await?;
-        let store_options = StoreOptions {
-            data_dir: config.data.dir.clone(),
-            compress: config.data.compress,
-            retention: config.data.retention,
-            strict_verify: config.strict_verify,
-        };
+        let store_options = store_options(config);
         let store = blocking(move || Store::open(store_options)).await??;
         let backup = backup_client(config);
         if let Some(client) = backup.clone() {
@@ -220,13 +235,6 @@ impl Node {
             fuse_requests: Box::new(mount.requests()),
             shutdown: stop.clone(),
         });
-        let role_config = RoleConfig {
-            candidate,
-            promote: config.lease.promote,
-            demote_delay: config.lease.demote_delay,
-            reconnect_delay: config.lease.reconnect_delay,
-            databases: config.lease.databases.clone(),
-        };
         let parts = Parts {
             store: store.clone(),
             stats,
@@ -235,7 +243,7 @@ impl Node {
             status: status_tx,
             commands: queue,
         };
-        let role = tokio::spawn(role::run(parts, role_config, stop.clone()));
+        let role = tokio::spawn(role::run(parts, role_config(config), stop.clone()));
         let backup = backup.map(|client| {
             let status = status.clone();
             tokio::spawn(backup::task::run(

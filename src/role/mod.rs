@@ -48,6 +48,9 @@ pub use self::command::{CommandError, CommandQueue, Commands, commands};
 pub use self::halt::HaltClient;
 pub use self::promote::{PromoteError, Promoter};
 
+/// What is said when the lease service does not answer.
+const ASK: &str = "cannot ask the lease service";
+
 /// How long one question to the lease service may take; backends have their own, shorter deadlines.
 const LEASE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -238,7 +241,6 @@ impl Node {
     }
 
     async fn try_round(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Duration, Problem> {
-        let ask = "cannot ask the lease service";
         if let Some(lease_id) = self.handed_over.take() {
             // The last primary belongs to this node's cluster, and takes no writes until this is done.
             let lease = bounded(self.leaser.acquire_existing(&lease_id)).await;
@@ -254,7 +256,7 @@ impl Node {
         }
         let service_id = bounded(self.leaser.cluster_id())
             .await
-            .map_err(|e| Problem::new(ask, &e))?;
+            .map_err(|e| Problem::new(ASK, &e))?;
         let own_id = self.store.cluster_id();
         if let (Some(theirs), Some(ours)) = (&service_id, &own_id)
             && theirs != ours
@@ -279,7 +281,7 @@ impl Node {
             }
             Ok(primary) => return Ok(self.as_replica(primary, stop).await),
             Err(LeaseError::NoPrimary) => {}
-            Err(e) => return Err(Problem::new(ask, &e)),
+            Err(e) => return Err(Problem::new(ASK, &e)),
         }
         let left_to_others = self
             .not_before
@@ -300,6 +302,11 @@ impl Node {
             }
             return Ok(MAX_RECONNECT_DELAY);
         }
+        self.stand(stop).await
+    }
+
+    /// A candidate without a primary: acquires the lease, if it is this node's turn.
+    async fn stand(&mut self, stop: &mut watch::Receiver<bool>) -> Result<Duration, Problem> {
         match self.election.turn().await {
             Ok(Turn::Mine) => {}
             Ok(Turn::Wait(wait)) => return Ok(wait),
@@ -310,7 +317,7 @@ impl Node {
                 }
                 return Ok(MAX_RECONNECT_DELAY);
             }
-            Err(e) => return Err(Problem::new(ask, &e)),
+            Err(e) => return Err(Problem::new(ASK, &e)),
         }
         match bounded(self.leaser.acquire()).await {
             Ok(lease) => Ok(self.as_primary(lease, stop).await),
@@ -390,6 +397,17 @@ impl Node {
                 }
             }
         };
+        self.after_stream(ended, &primary, !watching).await
+    }
+
+    /// A stream has ended; `replaced`: the service no longer names this primary. Gives the time to
+    /// wait before the next round.
+    async fn after_stream(
+        &mut self,
+        ended: Result<Ended, StreamError>,
+        primary: &PrimaryInfo,
+        replaced: bool,
+    ) -> Duration {
         match ended {
             Ok(Ended::Cancelled) => Duration::ZERO,
             Ok(Ended::Handoff(lease_id)) => {
@@ -401,7 +419,7 @@ impl Node {
                 Duration::ZERO
             }
             // There is another primary, or none: nothing is left to be said of this one.
-            Ok(Ended::End) | Err(_) if !watching => Duration::ZERO,
+            Ok(Ended::End) | Err(_) if replaced => Duration::ZERO,
             Ok(Ended::End) => {
                 info!(
                     primary = primary.hostname,
@@ -427,7 +445,7 @@ impl Node {
                 if self.outage.is_on() {
                     self.set_role(Role::Replica { hostname: None }).await;
                 }
-                self.outage.failed(&primary, &error)
+                self.outage.failed(primary, &error)
             }
         }
     }

@@ -358,7 +358,7 @@ impl Database {
         let mut locks = self.replica.lock();
         // A retry, whose first answer was lost.
         if let Common::At(_) = self.newest_common(&[incoming.pos()]) {
-            return Ok(());
+            return self.verdict(&pass);
         }
         let grant = self.halt.grant();
         if !grant.is_some_and(|g| g.id == id && g.node == node) || locks.held.is_none() {
@@ -378,10 +378,7 @@ impl Database {
             // It is part of the history, whatever came after.
             tracing::warn!(db = self.name, error = %e, "after a forwarded transaction");
         }
-        if !pass.is_good() {
-            return Err(StoreError::Unanswered(self.name.clone()));
-        }
-        Ok(())
+        self.verdict(&pass)
     }
 
     /// After a transaction: the locks are those of the mode that the database is in now.
