@@ -14,7 +14,7 @@ use tokio::sync::oneshot;
 use crate::role::{HaltClient, Status};
 use crate::store::{Decided, Outgoing, Primary, Verdict};
 
-use super::harness::{TestNode, eventually, golden};
+use super::harness::{TestNode, eventually, golden, peers};
 
 const ME: &str = "00000000000000AB";
 const OTHER: &str = "00000000000000CD";
@@ -239,7 +239,7 @@ async fn a_client_tries_again_with_the_same_lock_when_an_answer_is_lost() {
         }),
         ready: true,
     });
-    let client = HaltClient::new(&replica.store, replica.status.subscribe()).unwrap();
+    let client = HaltClient::new(&replica.store, peers(), replica.status.subscribe());
     let client = Arc::new(client);
     let dir = tempfile::tempdir().unwrap();
     let mut ltx = Outgoing::new(dir.path());
