@@ -156,10 +156,10 @@ fn role_config(config: &Config) -> RoleConfig {
 
 fn store_options(config: &Config) -> StoreOptions {
     StoreOptions {
-        data_dir: config.data.dir.clone(),
         compress: config.data.compress,
         retention: config.data.retention,
         strict_verify: config.strict_verify,
+        ..StoreOptions::new(&config.data.dir)
     }
 }
 

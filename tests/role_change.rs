@@ -32,10 +32,9 @@ impl<'a> Live<'a> {
     fn start(cluster: &'a Cluster, name: &str) -> Live<'a> {
         let dir = cluster.subdir(name);
         let store = Store::open(Options {
-            data_dir: dir.join("data"),
             compress: false,
-            retention: Duration::from_secs(600),
             strict_verify: true,
+            ..Options::new(dir.join("data"))
         })
         .unwrap();
         let options = MountOptions {

@@ -12,6 +12,7 @@ use std::process::ExitCode;
 
 use crate::ltx::{self, Decoder, Header, LtxError, Pos, Summary};
 use crate::store::StoreError;
+use crate::store::disk::Real;
 use crate::store::segment::{self, ScanEnd, Segment};
 
 /// Looks into LTX files (`*.ltx`) and log segments (`*.log`).
@@ -135,13 +136,13 @@ fn open_records(path: &Path) -> Result<Records, Problem> {
             corrupt: None,
         });
     }
-    let scanned = Segment::inspect(path)?;
+    let scanned = Segment::inspect(&Real, path)?;
     let Some(segment) = scanned.segment else {
         return Err(Problem::NoSegmentHeader);
     };
     let mut list = Vec::with_capacity(segment.len());
     for offset in segment.record_offsets() {
-        let h = segment::read_header(&segment.file, segment.salt, offset)?;
+        let h = segment::read_header(&*segment.file, segment.salt, offset)?;
         let reader = BufReader::with_capacity(16 << 10, segment.body_reader(offset, h.length));
         list.push(Record {
             txids: Some((h.min_txid, h.max_txid)),

@@ -1,9 +1,8 @@
 //! The commands on LiteFS's files, on log segments, and on damaged ones.
 
-use std::os::unix::fs::FileExt;
-
 use super::*;
 use crate::ltx::{CHECKSUM_FLAG, Encoder};
+use crate::store::disk::Real;
 use crate::store::segment::RecordHeader;
 
 const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../shared/fixtures/ltx");
@@ -48,7 +47,7 @@ fn segment(
 ) -> Segment {
     let first = *txids.start();
     let mut segment =
-        Segment::create(dir.join(segment::file_name(first)), 7, first, first).unwrap();
+        Segment::create(&Real, dir.join(segment::file_name(first)), 7, first, first).unwrap();
     for txid in txids {
         let mut body = std::fs::read(golden("wal-4096-raw", txid)).unwrap();
         change(txid, &mut body);

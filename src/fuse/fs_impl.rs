@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -147,7 +148,7 @@ impl TenureFs {
     fn backing(
         &self,
         node: &Node,
-        open: impl FnOnce(&std::fs::File) -> io::Result<BackingId>,
+        open: impl FnOnce(BorrowedFd<'_>) -> io::Result<BackingId>,
     ) -> Option<Arc<BackingId>> {
         let Node::File(f) = node else { return None };
         if f.file.kind != FileKind::Shm || !self.passthrough.load(Ordering::Acquire) {
@@ -155,7 +156,7 @@ impl TenureFs {
         }
         let mut backing = f.backing.lock();
         if backing.is_none() {
-            match open(&f.file.file) {
+            match open(f.file.file.as_fd()) {
                 Ok(id) => *backing = Some(Arc::new(id)),
                 Err(e) => {
                     tracing::info!(error = %e, "WAL indexes are not passed through: reads in WAL mode cost a little more");

@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::oneshot;
 
 use crate::role::{HaltClient, Status};
+use crate::store::disk::{Disk, Real, Scratch};
 use crate::store::{Decided, Outgoing, Primary, Verdict};
 
 use super::harness::{TestNode, eventually, golden, peers};
@@ -242,7 +243,8 @@ async fn a_client_tries_again_with_the_same_lock_when_an_answer_is_lost() {
     let client = HaltClient::new(&replica.store, peers(), replica.status.subscribe());
     let client = Arc::new(client);
     let dir = tempfile::tempdir().unwrap();
-    let mut ltx = Outgoing::new(dir.path());
+    let disk: Arc<dyn Disk> = Arc::new(Real);
+    let mut ltx = Outgoing::new(Scratch::new(&disk, dir.path()));
     ltx.write_all(&files[3]).unwrap();
     let taking = client.clone();
     let pos = tokio::task::spawn_blocking(move || {

@@ -70,13 +70,7 @@ impl TestNode {
     /// A store that nobody serves yet.
     pub(crate) fn new() -> TestNode {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(Options {
-            data_dir: dir.path().to_owned(),
-            compress: true,
-            retention: Duration::from_secs(600),
-            strict_verify: false,
-        })
-        .unwrap();
+        let store = Store::open(Options::new(dir.path())).unwrap();
         let status = watch::Sender::new(Status::default());
         let (commands, queue) = role::commands(status.subscribe());
         TestNode {

@@ -63,7 +63,7 @@ impl Database {
                     self.path(FileKind::Database),
                 ))?;
             }
-            sums::save(&self.dir.join("checksums"), &changes, &header)
+            sums::save(self.disk(), &self.dir.join("checksums"), &changes, &header)
         };
         let saved = save();
         let mut st = self.lock();
@@ -121,18 +121,15 @@ impl Database {
                 self.backfill_all(&mut st)?;
                 let file = st.database_file(&self.name)?;
                 let size = st.committed_size();
-                self.set_file_size(&mut st, &file.file, size)?;
+                self.set_file_size(&mut st, &*file.file, size)?;
             }
         }
         self.checkpoint()?;
         for kind in [FileKind::Journal, FileKind::Wal, FileKind::Shm] {
             let path = self.path(kind);
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(StoreError::io("remove", &path)(e));
-                }
-                _ => {}
-            }
+            self.disk()
+                .remove_file_if_there(&path)
+                .map_err(StoreError::io("remove", &path))?;
         }
         self.log().close()?;
         super::litefs::leave_newest(self)

@@ -9,11 +9,14 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use parking_lot::{Mutex, RwLock};
+use rand::rngs::StdRng;
+use rand::{RngCore, SeedableRng};
 use tokio::sync::{Notify, broadcast};
 
 use crate::ltx::Pos;
 
 use super::database::Database;
+use super::disk::{Disk, Real};
 use super::forward::Primary;
 use super::front::Front;
 use super::gate::Gate;
@@ -30,6 +33,61 @@ pub struct Options {
     pub retention: Duration,
     /// Compare every page with its checksum after each transaction: for tests.
     pub strict_verify: bool,
+    /// The disk that the data directory is on.
+    pub disk: Arc<dyn Disk>,
+    /// Who does the work that nobody waits for.
+    pub background: Background,
+    /// Where numbers come from that must be unlike any other's.
+    pub random: Random,
+}
+
+impl Options {
+    /// The defaults, for this data directory.
+    pub fn new(data_dir: impl Into<PathBuf>) -> Options {
+        Options {
+            data_dir: data_dir.into(),
+            compress: true,
+            retention: Duration::from_secs(600),
+            strict_verify: false,
+            disk: Arc::new(Real),
+            background: Background::Threads,
+            random: Random::default(),
+        }
+    }
+
+    /// A log segment older than this is followed by a new one, so that retention can remove it.
+    pub(super) fn segment_age(&self) -> Duration {
+        (self.retention / 4).max(Duration::from_millis(100))
+    }
+}
+
+/// Who does the work that nobody waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Background {
+    /// Two threads of the store's own.
+    Threads,
+    /// Whoever calls [`Store::run_background`](super::Store::run_background): for simulations,
+    /// which must do the same every time.
+    Manual,
+}
+
+/// Random numbers; clones go on with the same ones.
+#[derive(Clone, Debug, Default)]
+pub struct Random(Option<Arc<Mutex<StdRng>>>);
+
+impl Random {
+    /// Numbers that are the same for the same seed: for simulations.
+    pub fn seeded(seed: u64) -> Random {
+        Random(Some(Arc::new(Mutex::new(StdRng::seed_from_u64(seed)))))
+    }
+
+    /// The next number.
+    pub fn next(&self) -> u64 {
+        match &self.0 {
+            Some(rng) => rng.lock().next_u64(),
+            None => rand::random(),
+        }
+    }
 }
 
 /// Something that happened on this node.
@@ -90,6 +148,8 @@ pub struct Context {
     events: broadcast::Sender<Event>,
     subscribers: Mutex<Vec<Weak<Changes>>>,
     jobs: mpsc::Sender<Job>,
+    /// The jobs that wait to be run, if no thread does it.
+    waiting: Option<Mutex<mpsc::Receiver<Job>>>,
     unflushed: Mutex<Vec<Weak<Database>>>,
     flusher: std::sync::OnceLock<std::thread::Thread>,
     flusher_busy: AtomicBool,
@@ -132,12 +192,16 @@ impl Subscription {
 }
 
 impl Context {
-    /// Starts the two threads; they end when the context is dropped.
+    /// Starts the two threads, if they are to be; they end when the context is dropped.
     pub fn start(options: Options) -> Arc<Context> {
         let (jobs, job_queue) = mpsc::channel();
+        let (waiting, job_queue) = match options.background {
+            Background::Threads => (None, Some(job_queue)),
+            Background::Manual => (Some(Mutex::new(job_queue)), None),
+        };
         let context = Arc::new(Context {
+            node_id: options.random.next().max(1),
             options,
-            node_id: rand::random::<u64>().max(1),
             gate: Arc::default(),
             backup: AtomicBool::new(false),
             next_ino: AtomicU64::new(16),
@@ -146,10 +210,14 @@ impl Context {
             events: broadcast::Sender::new(EVENT_CAPACITY),
             subscribers: Mutex::new(Vec::new()),
             jobs,
+            waiting,
             unflushed: Mutex::new(Vec::new()),
             flusher: std::sync::OnceLock::new(),
             flusher_busy: AtomicBool::new(false),
         });
+        let Some(job_queue) = job_queue else {
+            return context;
+        };
         spawn("keeper", keeper(Arc::downgrade(&context), job_queue));
         let flusher = spawn("flusher", flusher(Arc::downgrade(&context)));
         if let Some(thread) = flusher {
@@ -203,6 +271,20 @@ impl Context {
     pub fn keep(&self, job: Job) {
         // It ends only with the context.
         self.jobs.send(job).ok();
+    }
+
+    /// Does on this thread what the two threads would have done by now, if there are none.
+    pub fn run_background(&self) {
+        let Some(waiting) = &self.waiting else {
+            return;
+        };
+        flush_all(std::mem::take(&mut *self.unflushed.lock()));
+        // A job may make others, and is not to be run with the queue locked.
+        let next = || waiting.lock().try_recv();
+        while let Ok(job) = next() {
+            // Nobody else runs: a writer that is waited for would never end.
+            run(job, self.front(), Duration::ZERO);
+        }
     }
 
     /// Has the database's log flushed within a few milliseconds.
@@ -269,23 +351,31 @@ fn keeper(context: Weak<Context>, jobs: mpsc::Receiver<Job>) -> impl FnOnce() {
                 Err(RecvTimeoutError::Timeout) if context.strong_count() > 0 => continue,
                 Err(_) => return,
             };
-            match job {
-                Job::CheckIndex(db) => db.check_index(WRITER_WAIT),
-                Job::Checkpoint(db) => db.checkpoint_or_warn(),
-                Job::InvalidateEntries(names) => {
-                    let Some(front) = context.upgrade().and_then(|c| c.front()) else {
-                        continue;
-                    };
-                    names.iter().for_each(|n| front.invalidate_entry(n));
-                }
-                Job::InvalidateData(ino) => {
-                    let Some(front) = context.upgrade().and_then(|c| c.front()) else {
-                        continue;
-                    };
-                    front.invalidate_data(ino, 0, 0);
-                }
-            }
+            let front = context.upgrade().and_then(|c| c.front());
+            run(job, front, WRITER_WAIT);
         }
+    }
+}
+
+fn run(job: Job, front: Option<Arc<dyn Front>>, wait: Duration) {
+    match (job, front) {
+        (Job::CheckIndex(db), _) => db.check_index(wait),
+        (Job::Checkpoint(db), _) => db.checkpoint_or_warn(),
+        (Job::InvalidateEntries(names), Some(front)) => {
+            names.iter().for_each(|n| front.invalidate_entry(n));
+        }
+        (Job::InvalidateData(ino), Some(front)) => front.invalidate_data(ino, 0, 0),
+        (Job::InvalidateEntries(_) | Job::InvalidateData(_), None) => {}
+    }
+}
+
+fn flush_all(mut dbs: Vec<Weak<Database>>) {
+    dbs.sort_by_key(Weak::as_ptr);
+    dbs.dedup_by_key(|d| d.as_ptr());
+    for db in dbs.iter().filter_map(Weak::upgrade) {
+        // A failure is logged by the log, which then takes no more commits.
+        db.log().flush(|_| {});
+        db.note_flushed(db.log().flushed_txid());
     }
 }
 
@@ -293,7 +383,7 @@ fn flusher(context: Weak<Context>) -> impl FnOnce() {
     move || {
         loop {
             let Some(c) = context.upgrade() else { return };
-            let mut dbs = std::mem::take(&mut *c.unflushed.lock());
+            let dbs = std::mem::take(&mut *c.unflushed.lock());
             if dbs.is_empty() {
                 c.flusher_busy.store(false, Ordering::Release);
                 // Looked at again after the flag is down, so that no wake-up is lost.
@@ -305,13 +395,7 @@ fn flusher(context: Weak<Context>) -> impl FnOnce() {
             }
             drop(c);
             std::thread::sleep(LAZY_FLUSH);
-            dbs.sort_by_key(Weak::as_ptr);
-            dbs.dedup_by_key(|d| d.as_ptr());
-            for db in dbs.iter().filter_map(Weak::upgrade) {
-                // A failure is logged by the log, which then takes no more commits.
-                db.log().flush(|_| {});
-                db.note_flushed(db.log().flushed_txid());
-            }
+            flush_all(dbs);
         }
     }
 }

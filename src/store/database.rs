@@ -11,8 +11,6 @@
 //! wait for another process happens while the state is locked.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
@@ -24,6 +22,7 @@ use crate::ltx::{self, Pos};
 
 use super::capture::Captured;
 use super::context::{Context, Event};
+use super::disk::{Disk, DiskFile, File, Scratch};
 use super::error::StoreError;
 use super::forward::Hold;
 use super::halt::Halt;
@@ -175,7 +174,7 @@ pub(super) struct State {
 }
 
 impl State {
-    fn new(dir: &Path) -> State {
+    fn new(scratch: Scratch) -> State {
         State {
             pos: Pos::default(),
             page_size: 0,
@@ -187,7 +186,7 @@ impl State {
             view_size: 0,
             base_size: 0,
             reserved: 0,
-            overlay: Overlay::new(dir),
+            overlay: Overlay::new(scratch),
             journal_active: false,
             committing: false,
             importing: false,
@@ -227,7 +226,7 @@ impl State {
         }
         let file = self.database_file(&db.name)?;
         read_or_zeros(
-            &file.file,
+            &*file.file,
             u64::from(pgno - 1) * u64::from(self.page_size),
             buf,
         )
@@ -272,7 +271,11 @@ impl State {
 }
 
 /// Fills `buf` from the file, with zeros beyond its end.
-pub(super) fn read_or_zeros(file: &File, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+pub(super) fn read_or_zeros(
+    file: &dyn DiskFile,
+    offset: u64,
+    buf: &mut [u8],
+) -> std::io::Result<()> {
     let mut done = 0;
     while done < buf.len() {
         match file.read_at(&mut buf[done..], offset + done as u64)? {
@@ -338,7 +341,7 @@ impl Database {
             lock_ino: context.next_ino(),
             dir: dir.to_owned(),
             context: context.clone(),
-            state: Mutex::new(State::new(dir)),
+            state: Mutex::new(State::new(Scratch::new(&context.options.disk, dir))),
             log,
             counters: Counters::default(),
             backed_up: AtomicU64::new(0),
@@ -434,6 +437,24 @@ impl Database {
 
     pub(super) fn log(&self) -> &Log {
         &self.log
+    }
+
+    pub(super) fn disk(&self) -> &dyn Disk {
+        &*self.context.options.disk
+    }
+
+    pub(super) fn random(&self) -> u64 {
+        self.context.options.random.next()
+    }
+
+    /// Files of no name in the data directory.
+    pub(super) fn data_scratch(&self) -> Scratch {
+        Scratch::new(&self.context.options.disk, &self.context.options.data_dir)
+    }
+
+    /// Files of no name in its directory.
+    pub(super) fn scratch(&self) -> Scratch {
+        Scratch::new(&self.context.options.disk, &self.dir)
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

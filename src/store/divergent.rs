@@ -7,7 +7,6 @@
 //! transactions they are is the primary's to say: it compares positions with its log. The oldest
 //! common position is not looked for: histories part once, so what follows the newest is all.
 
-use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use crate::ltx::{self, Pos};
 
 use super::context::Event;
 use super::database::{Database, now_ms};
+use super::disk::{Disk, Open, Writer};
 use super::error::StoreError;
 use super::log::LogRecord;
 use super::receive::Incoming;
@@ -118,14 +118,14 @@ impl Database {
         }
         let dir = self.divergent_dir()?;
         let kept = match records {
-            Some(records) => keep_records(&dir, records),
+            Some(records) => keep_records(self.disk(), &dir, records),
             None => self.keep_whole(&dir),
         };
         let (from, to, count) = kept
             .and_then(|kept| self.sync_up(&dir).map(|()| kept))
             .inspect_err(|_| {
                 // Half of it is of no use, and it is all still in the database.
-                let _ = fs::remove_dir_all(&dir);
+                let _ = self.disk().remove_dir_of_files(&dir);
             })?;
         self.counters()
             .divergent
@@ -194,11 +194,13 @@ impl Database {
             .data_dir
             .join("divergent")
             .join(&self.name);
-        fs::create_dir_all(&parent).map_err(StoreError::io("create", &parent))?;
+        self.disk()
+            .create_dir_all(&parent)
+            .map_err(StoreError::io("create", &parent))?;
         let mut ms = now_ms();
         loop {
             let dir = parent.join(ms.to_string());
-            match fs::create_dir(&dir) {
+            match self.disk().create_dir(&dir) {
                 Ok(()) => return Ok(dir),
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => ms += 1,
                 Err(e) => return Err(StoreError::io("create", &dir)(e)),
@@ -210,8 +212,8 @@ impl Database {
     fn sync_up(&self, dir: &Path) -> Result<(), StoreError> {
         let dirs = dir.ancestors().take(4);
         for dir in dirs {
-            File::open(dir)
-                .and_then(|d| d.sync_all())
+            self.disk()
+                .sync_dir(dir)
                 .map_err(StoreError::io("sync directory", dir))?;
         }
         Ok(())
@@ -222,27 +224,34 @@ impl Database {
         let mut snapshot = self.snapshot()?;
         let to = snapshot.pos().txid;
         let path = dir.join(ltx::file_name(1, to));
-        let file = File::create_new(&path).map_err(StoreError::io("create", &path))?;
-        let mut out = io::BufWriter::with_capacity(1 << 20, file);
+        let file = self
+            .disk()
+            .open(&path, Open::New)
+            .map_err(StoreError::io("create", &path))?;
+        let mut out = io::BufWriter::with_capacity(1 << 20, Writer::new(file));
         snapshot.write_to(&mut out)?;
         out.into_inner()
             .map_err(io::IntoInnerError::into_error)
-            .and_then(|f| f.sync_all())
+            .and_then(|w| w.file().sync_all())
             .map_err(StoreError::io("write", &path))?;
         Ok((1, to, to))
     }
 }
 
 /// First and last TXID, and how many transactions.
-fn keep_records(dir: &Path, records: Vec<LogRecord>) -> Result<(u64, u64, u64), StoreError> {
+fn keep_records(
+    disk: &dyn Disk,
+    dir: &Path,
+    records: Vec<LogRecord>,
+) -> Result<(u64, u64, u64), StoreError> {
     let (mut from, mut to, mut count) = (u64::MAX, 0, 0);
     for record in records {
         let (min, max) = (record.header.min_txid, record.header.max_txid);
         let path = dir.join(ltx::file_name(min, max));
         let mut body = record.body;
-        File::create_new(&path)
-            .and_then(|mut file| {
-                io::copy(&mut body, &mut file)?;
+        disk.open(&path, Open::New)
+            .and_then(|file| {
+                io::copy(&mut body, &mut Writer::new(file.clone()))?;
                 file.sync_all()
             })
             .map_err(StoreError::io("set aside transactions in", &path))?;

@@ -5,34 +5,37 @@
 //! `<data>/epoch`: decimal, with a newline. It tells an old primary from the present one, and says
 //! which of two nodes has the newer history.
 
-use std::fs;
-use std::io::{self, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::Store;
+use super::disk::Disk;
 use super::error::StoreError;
 
 /// The file, and what it says.
 pub(super) struct Epoch {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
     current: Mutex<u64>,
 }
 
 impl Epoch {
     /// Reads the file of a data directory; 0 if there is none.
-    pub fn open(dir: &Path) -> Result<Epoch, StoreError> {
+    pub fn open(disk: &Arc<dyn Disk>, dir: &Path) -> Result<Epoch, StoreError> {
         let path = dir.join("epoch");
-        let current = match fs::read_to_string(&path) {
-            Ok(text) => text.trim().parse().map_err(|_| {
+        let current = match disk.read_to_string(&path) {
+            Ok(Some(text)) => text.trim().parse().map_err(|_| {
                 let what = "it should hold one number; if this node was never primary alone, remove the file";
                 StoreError::corrupt(&path, what.to_owned())
             })?,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => 0,
+            Ok(None) => 0,
             Err(e) => return Err(StoreError::io("read", &path)(e)),
         };
         Ok(Epoch {
+            disk: disk.clone(),
             path,
             current: Mutex::new(current),
         })
@@ -43,15 +46,9 @@ impl Epoch {
         if *current == epoch {
             return Ok(());
         }
-        let dir = self.path.parent().unwrap_or(Path::new("."));
-        let write = || -> io::Result<()> {
-            let mut temp = tempfile::NamedTempFile::new_in(dir)?;
-            writeln!(temp, "{epoch}")?;
-            temp.as_file().sync_all()?;
-            temp.persist(&self.path)?;
-            fs::File::open(dir)?.sync_all()
-        };
-        write().map_err(StoreError::io("write", &self.path))?;
+        self.disk
+            .replace(&self.path, |out| writeln!(out, "{epoch}"))
+            .map_err(StoreError::io("write", &self.path))?;
         *current = epoch;
         Ok(())
     }
@@ -72,18 +69,25 @@ impl Store {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
+    use crate::store::disk::Real;
 
     #[test]
     fn it_is_kept_and_nonsense_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
-        let epoch = Epoch::open(dir.path()).unwrap();
+        let disk: Arc<dyn Disk> = Arc::new(Real);
+        let epoch = Epoch::open(&disk, dir.path()).unwrap();
         assert_eq!(*epoch.current.lock(), 0);
         epoch.set(u64::MAX).unwrap();
-        assert_eq!(*Epoch::open(dir.path()).unwrap().current.lock(), u64::MAX);
+        assert_eq!(
+            *Epoch::open(&disk, dir.path()).unwrap().current.lock(),
+            u64::MAX
+        );
         epoch.set(7).unwrap();
         assert_eq!(fs::read(dir.path().join("epoch")).unwrap(), b"7\n");
         fs::write(dir.path().join("epoch"), "x").unwrap();
-        assert!(Epoch::open(dir.path()).is_err());
+        assert!(Epoch::open(&disk, dir.path()).is_err());
     }
 }

@@ -4,8 +4,6 @@
 //! it open, and takes no writes. Operations that can wait for the disk answer through [`Done`],
 //! from whatever thread the wait ends on.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -14,6 +12,7 @@ use crate::sqlite::journal;
 use super::capture::{Shape, WalPlace};
 use super::context::Job;
 use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
+use super::disk::{DiskFile, File, Open};
 use super::error::StoreError;
 use super::rollback::JournalEnd;
 use super::wal::Scanned;
@@ -57,19 +56,17 @@ impl Database {
         kind: FileKind,
     ) -> Result<Arc<DbFile>, StoreError> {
         if kind == FileKind::Database {
-            std::fs::create_dir_all(&self.dir)
+            self.disk()
+                .create_dir_all(&self.dir)
                 .map_err(StoreError::io("create directory", &self.dir))?;
             st.view_size = 0;
             st.base_size = 0;
             st.reserved = 0;
         }
         let path = self.path(kind);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
+        let file = self
+            .disk()
+            .open(&path, Open::Empty)
             .map_err(StoreError::io("create", &path))?;
         Ok(self.adopt_file(st, kind, file))
     }
@@ -84,7 +81,7 @@ impl Database {
     /// Copies bytes out; returns how many there were before the end of the file.
     pub fn read(&self, f: &DbFile, offset: u64, buf: &mut [u8]) -> Result<usize, StoreError> {
         let read = |buf: &mut [u8]| {
-            read_some(&f.file, offset, buf).map_err(StoreError::io("read", self.path(f.kind)))
+            read_some(&*f.file, offset, buf).map_err(StoreError::io("read", self.path(f.kind)))
         };
         if f.kind != FileKind::Database || f.is_deleted() {
             return read(buf);
@@ -215,7 +212,7 @@ impl Database {
                 .map(|()| None);
         }
         let mut head = [0u8; journal::MAGIC.len()];
-        read_or_zeros(&f.file, 0, &mut head).map_err(StoreError::io("read", &path))?;
+        read_or_zeros(&*f.file, 0, &mut head).map_err(StoreError::io("read", &path))?;
         let n = data.len().min(head.len() - offset as usize);
         head[offset as usize..offset as usize + n].copy_from_slice(&data[..n]);
         let active = journal::is_active(&head);
@@ -287,7 +284,7 @@ impl Database {
             return Ok(());
         }
         let file = st.database_file(&self.name)?;
-        self.set_file_size(&mut st, &file.file, size)?;
+        self.set_file_size(&mut st, &*file.file, size)?;
         st.view_size = size;
         st.base_size = size;
         Ok(())
@@ -386,7 +383,9 @@ impl Database {
             if kind == FileKind::Wal {
                 st.wal.reset();
             }
-            std::fs::remove_file(&path).map_err(StoreError::io("remove", &path))
+            self.disk()
+                .remove_file(&path)
+                .map_err(StoreError::io("remove", &path))
         });
         drop(st);
         done(result);
@@ -464,12 +463,9 @@ impl Database {
                 f.delete();
             }
             let path = self.path(kind);
-            match std::fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(StoreError::io("remove", &path)(e));
-                }
-                _ => {}
-            }
+            self.disk()
+                .remove_file_if_there(&path)
+                .map_err(StoreError::io("remove", &path))?;
         }
         Ok(())
     }
@@ -494,7 +490,7 @@ impl Database {
     }
 }
 
-fn read_some(file: &File, offset: u64, buf: &mut [u8]) -> std::io::Result<usize> {
+fn read_some(file: &dyn DiskFile, offset: u64, buf: &mut [u8]) -> std::io::Result<usize> {
     let mut done = 0;
     while done < buf.len() {
         match file.read_at(&mut buf[done..], offset + done as u64)? {

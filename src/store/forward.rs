@@ -14,7 +14,6 @@
 //! - A commit that nobody can decide ends the lock: whatever the primary has comes with the stream.
 
 use std::io::{self, Read, Write};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -26,6 +25,7 @@ use crate::ltx::Pos;
 use super::capture::Captured;
 use super::context::Job;
 use super::database::{Database, State};
+use super::disk::Scratch;
 use super::error::StoreError;
 use super::files::Done;
 use super::receive::{Incoming, Spool};
@@ -107,8 +107,8 @@ fn decide(slot: &Mutex<Option<Decide>>, verdict: Verdict) {
 pub struct Outgoing(Spool);
 
 impl Outgoing {
-    pub(crate) fn new(dir: &Path) -> Outgoing {
-        Outgoing(Spool::new(dir))
+    pub(crate) fn new(scratch: Scratch) -> Outgoing {
+        Outgoing(Spool::new(scratch))
     }
 
     /// Its size in bytes.
@@ -419,7 +419,7 @@ impl Database {
     /// The commit point of a rollback mode.
     pub(super) fn end_journal_there(self: &Arc<Self>, end: JournalEnd, done: Done) {
         let mut st = self.lock();
-        let mut ltx = Outgoing::new(&self.dir);
+        let mut ltx = Outgoing::new(self.scratch());
         let captured = self
             .check_writable(&st)
             .and_then(|()| self.prepare_rollback(&mut st, &mut ltx));

@@ -88,7 +88,7 @@ impl Store {
     /// any error.
     pub fn restore(&self, name: &str, here: Pos, from: &mut dyn Read) -> Result<Pos, StoreError> {
         super::names::check_database(name)?;
-        let incoming = Incoming::read(self.data_dir(), from, name)?;
+        let incoming = Incoming::read(self.scratch(), from, name)?;
         if !incoming.header.is_snapshot() {
             return Err(StoreError::PositionMismatch {
                 db: name.to_owned(),
@@ -539,13 +539,15 @@ impl Database {
         let path = self.path(FileKind::Journal);
         if let Some(f) = st.files.journal.take() {
             f.delete();
-            std::fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+            self.disk()
+                .remove_file(&path)
+                .map_err(StoreError::io("remove", &path))?;
         }
         st.journal_active = false;
         st.overlay.clear();
         let size = st.committed_size();
         let database = st.database_file(&self.name)?;
-        self.set_file_size(&mut st, &database.file, size)?;
+        self.set_file_size(&mut st, &*database.file, size)?;
         (st.view_size, st.base_size) = (size, size);
         drop(st);
         if let Some(front) = self.context.front() {
@@ -602,7 +604,7 @@ impl Database {
         };
         let context = || format!("import of {}", self.name);
         let ltx = StoreError::ltx;
-        let mut spool = Spool::new(&self.context.options.data_dir);
+        let mut spool = Spool::new(self.data_scratch());
         let mut encoder = Encoder::new(SpoolWriter(&mut spool), header).map_err(ltx(context()))?;
         let mut page = vec![0u8; page_size as usize];
         for (pgno, _) in &changed {

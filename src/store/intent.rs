@@ -11,9 +11,7 @@
 //! is removed. A start finishes what it finds: a part that the log has is skipped, so that doing it
 //! twice does no harm.
 
-use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,6 +19,7 @@ use crc_fast::CrcAlgorithm::Crc64GoIso;
 
 use super::Store;
 use super::database::Database;
+use super::disk::{Disk, DiskFile, File, Open, Writer};
 use super::error::StoreError;
 use super::log_recovery::sync_dir;
 use super::names;
@@ -42,8 +41,9 @@ struct Part {
 
 /// An intent being written, or written. Dropped before [`Intent::commit`], it never was.
 pub(super) struct Intent {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
-    out: BufWriter<File>,
+    out: BufWriter<Writer>,
     written: u64,
     parts: Vec<Part>,
     committed: bool,
@@ -51,23 +51,21 @@ pub(super) struct Intent {
 
 impl Intent {
     /// Begins one; `name` is the super-journal's.
-    pub fn create(data_dir: &Path, name: &str) -> Result<Intent, StoreError> {
+    pub fn create(disk: &Arc<dyn Disk>, data_dir: &Path, name: &str) -> Result<Intent, StoreError> {
         let dir = data_dir.join("super");
-        if !dir.exists() {
-            fs::create_dir_all(&dir).map_err(StoreError::io("create", &dir))?;
-            sync_dir(data_dir)?;
+        if !disk.exists(&dir) {
+            disk.create_dir_all(&dir)
+                .map_err(StoreError::io("create", &dir))?;
+            sync_dir(&**disk, data_dir)?;
         }
         let path = dir.join(name);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
+        let file = disk
+            .open(&path, Open::Empty)
             .map_err(StoreError::io("create", &path))?;
         Ok(Intent {
+            disk: disk.clone(),
             path,
-            out: BufWriter::with_capacity(256 << 10, file),
+            out: BufWriter::with_capacity(256 << 10, Writer::new(file)),
             written: 0,
             parts: Vec::new(),
             committed: false,
@@ -104,23 +102,26 @@ impl Intent {
             self.out.write_all(&table)?;
             self.out.write_all(&tail)?;
             self.out.flush()?;
-            self.out.get_ref().sync_all()
+            self.out.get_ref().file().sync_all()
         };
         write().map_err(StoreError::io("write", &path))?;
-        path.parent().map_or(Ok(()), sync_dir)?;
+        path.parent()
+            .map_or(Ok(()), |dir| sync_dir(&*self.disk, dir))?;
         self.committed = true;
         Ok(())
     }
 
     /// The LTX file of the part with this index.
-    pub fn body(&self, index: usize) -> impl Read + '_ {
+    pub fn body(&self, index: usize) -> impl Read + use<> {
         let part = &self.parts[index];
-        BodyReader::new(self.out.get_ref(), part.offset, part.length)
+        BodyReader::new(self.out.get_ref().file().clone(), part.offset, part.length)
     }
 
     /// All parts are in their logs.
     pub fn remove(&self) -> Result<(), StoreError> {
-        fs::remove_file(&self.path).map_err(StoreError::io("remove", &self.path))
+        self.disk
+            .remove_file(&self.path)
+            .map_err(StoreError::io("remove", &self.path))
     }
 }
 
@@ -140,7 +141,7 @@ impl Drop for Intent {
     fn drop(&mut self) {
         if !self.committed {
             // Without its tail it counts for nothing, should it stay.
-            let _ = fs::remove_file(&self.path);
+            let _ = self.disk.remove_file(&self.path);
         }
     }
 }
@@ -178,8 +179,8 @@ fn decode_table(mut table: &[u8]) -> Option<Vec<Part>> {
 }
 
 /// The parts of a whole intent; `None`: its commit was never reached.
-fn read_parts(file: &File) -> io::Result<Option<Vec<Part>>> {
-    let len = file.metadata()?.len();
+fn read_parts(file: &dyn DiskFile) -> io::Result<Option<Vec<Part>>> {
+    let len = file.size()?;
     let mut tail = [0u8; TAIL as usize];
     if len < TAIL {
         return Ok(None);
@@ -200,17 +201,23 @@ impl Store {
     /// Finishes what the last run committed over several databases and did not log in all of them.
     pub(super) fn finish_intents(&self) -> Result<(), StoreError> {
         let dir = self.data_dir().join("super");
-        let entries = match fs::read_dir(&dir) {
+        let entries = match self.disk().list(&dir) {
             Ok(e) => e,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(e) => return Err(StoreError::io("list", &dir)(e)),
         };
         for entry in entries {
-            let path = entry.map_err(StoreError::io("list", &dir))?.path();
-            let file = File::open(&path).map_err(StoreError::io("open", &path))?;
-            let parts = read_parts(&file).map_err(StoreError::io("read", &path))?;
+            let path = dir.join(entry);
+            let file = self
+                .disk()
+                .open(&path, Open::Read)
+                .map_err(StoreError::io("open", &path))?;
+            let parts = read_parts(&*file).map_err(StoreError::io("read", &path))?;
             match self.finish_intent(&file, &parts.unwrap_or_default()) {
-                Ok(()) => fs::remove_file(&path).map_err(StoreError::io("remove", &path))?,
+                Ok(()) => self
+                    .disk()
+                    .remove_file(&path)
+                    .map_err(StoreError::io("remove", &path))?,
                 Err(e) => {
                     tracing::error!(path = %path.display(), error = %e, "a transaction over several databases is not in all of them: it is tried again at the next start");
                 }
@@ -222,8 +229,8 @@ impl Store {
     fn finish_intent(&self, file: &File, parts: &[Part]) -> Result<(), StoreError> {
         let mut incoming = Vec::new();
         for p in parts {
-            let mut body = BodyReader::new(file, p.offset, p.length);
-            match Incoming::read(self.data_dir(), &mut body, &p.db) {
+            let mut body = BodyReader::new(file.clone(), p.offset, p.length);
+            match Incoming::read(self.scratch(), &mut body, &p.db) {
                 Ok(part) => incoming.push((self.database_or_new(&p.db)?, part)),
                 // The power went before all of it was on disk, and so before any log had a part.
                 Err(e) if !any_logged(&incoming) => {
@@ -254,10 +261,14 @@ fn any_logged(parts: &[(Arc<Database>, Incoming)]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::fs::{self, File};
+
     use super::*;
+    use crate::store::disk::Real;
 
     fn intent(dir: &Path) -> Intent {
-        let mut intent = Intent::create(dir, "a-mj0000009AB").unwrap();
+        let disk: Arc<dyn Disk> = Arc::new(Real);
+        let mut intent = Intent::create(&disk, dir, "a-mj0000009AB").unwrap();
         for (db, text) in [("a", "first"), ("b", "the second")] {
             let made = intent.part(db, |w| {
                 w.write_all(text.as_bytes()).unwrap();

@@ -7,9 +7,7 @@
 //! clean stop the newest record is left as an LTX file, which is what LiteFS needs to open the
 //! directory again.
 
-use std::fs::{self, File};
 use std::io::{BufReader, Read};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,24 +19,24 @@ use crate::sqlite::wal::{
 };
 
 use super::database::{Database, FileKind, State, now_ms, read_or_zeros};
+use super::disk::{Disk, DiskFile, File, Open, Reader};
 use super::error::StoreError;
 use super::sums::PageSums;
 
 /// First and last TXID of the newest LTX file in a directory, which need not exist.
-pub(super) fn newest(dir: &Path) -> Result<Option<(u64, u64)>, StoreError> {
-    Ok(list(dir)?.into_iter().max_by_key(|(_, max)| *max))
+pub(super) fn newest(disk: &dyn Disk, dir: &Path) -> Result<Option<(u64, u64)>, StoreError> {
+    Ok(list(disk, dir)?.into_iter().max_by_key(|(_, max)| *max))
 }
 
-fn list(dir: &Path) -> Result<Vec<(u64, u64)>, StoreError> {
-    let entries = match fs::read_dir(dir) {
+fn list(disk: &dyn Disk, dir: &Path) -> Result<Vec<(u64, u64)>, StoreError> {
+    let entries = match disk.list(dir) {
         Ok(e) => e,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(StoreError::io("list LTX files in", dir)(e)),
     };
     let mut files = Vec::new();
     for entry in entries {
-        let entry = entry.map_err(StoreError::io("list LTX files in", dir))?;
-        files.extend(entry.file_name().to_str().and_then(ltx::parse_file_name));
+        files.extend(entry.to_str().and_then(ltx::parse_file_name));
     }
     files.sort_unstable();
     Ok(files)
@@ -47,12 +45,12 @@ fn list(dir: &Path) -> Result<Vec<(u64, u64)>, StoreError> {
 /// Makes a directory that LiteFS wrote last our own.
 pub(super) fn carry_over(db: &Arc<Database>) -> Result<(), StoreError> {
     let dir = db.dir.join("ltx");
-    let files = list(&dir)?;
+    let files = list(db.disk(), &dir)?;
     let Some(&(min, max)) = files.last() else {
         return Ok(());
     };
     let newest_path = dir.join(ltx::file_name(min, max));
-    let (header, pos) = read_pos(&newest_path)?;
+    let (header, pos) = read_pos(db.disk(), &newest_path)?;
     let file = db.open_backing()?;
     let mut st = db.lock();
     (st.pos, st.page_size, st.page_count, st.timestamp) =
@@ -73,16 +71,20 @@ pub(super) fn carry_over(db: &Arc<Database>) -> Result<(), StoreError> {
     db.checkpoint()?;
     for (min, max) in files {
         let path = dir.join(ltx::file_name(min, max));
-        fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        db.disk()
+            .remove_file(&path)
+            .map_err(StoreError::io("remove", &path))?;
     }
     tracing::info!(db = db.name, pos = %db.lock().pos, "carried over from a LiteFS data directory");
     Ok(())
 }
 
-fn read_pos(path: &Path) -> Result<(Header, Pos), StoreError> {
-    let file = File::open(path).map_err(StoreError::io("open", path))?;
-    let summary =
-        ltx::verify(BufReader::new(file)).map_err(StoreError::ltx(path.display().to_string()))?;
+fn read_pos(disk: &dyn Disk, path: &Path) -> Result<(Header, Pos), StoreError> {
+    let file = disk
+        .open(path, Open::Read)
+        .map_err(StoreError::io("open", path))?;
+    let summary = ltx::verify(BufReader::new(Reader::new(file)))
+        .map_err(StoreError::ltx(path.display().to_string()))?;
     Ok((
         summary.header,
         Pos {
@@ -108,7 +110,7 @@ impl Database {
         newest: &Header,
     ) -> Result<Vec<Extra>, StoreError> {
         self.roll_back_journal(file)?;
-        let mut sums = read_sums(file, &self.path(FileKind::Database), newest.page_size)?;
+        let mut sums = read_sums(&**file, &self.path(FileKind::Database), newest.page_size)?;
         let mut found = sums.checksum() == st.pos.checksum && sums.len() == newest.commit;
         let mut extra = Vec::new();
         for tx in self.wal_transactions(newest.page_size)? {
@@ -148,16 +150,15 @@ impl Database {
 
     fn roll_back_journal(&self, file: &File) -> Result<(), StoreError> {
         let path = self.path(FileKind::Journal);
-        let Ok(journal) = File::open(&path) else {
+        let Ok(journal) = self.disk().open(&path, Open::Read) else {
             return Ok(());
         };
-        let len = journal
-            .metadata()
-            .map_err(StoreError::io("stat", &path))?
-            .len();
+        let len = journal.size().map_err(StoreError::io("stat", &path))?;
         let bad =
             |e: crate::sqlite::journal::JournalError| StoreError::corrupt(&path, e.to_string());
-        let Some(mut journal) = Journal::open(BufReader::new(journal), len).map_err(bad)? else {
+        let Some(mut journal) =
+            Journal::open(BufReader::new(Reader::new(journal)), len).map_err(bad)?
+        else {
             return Ok(());
         };
         let (page_size, pages) = (journal.header().page_size, journal.header().initial_pages);
@@ -172,11 +173,11 @@ impl Database {
     /// The committed transactions of the WAL, in order.
     fn wal_transactions(&self, page_size: u32) -> Result<Vec<Extra>, StoreError> {
         let path = self.path(FileKind::Wal);
-        let Ok(wal) = File::open(&path) else {
+        let Ok(wal) = self.disk().open(&path, Open::Read) else {
             return Ok(Vec::new());
         };
         let mut head = [0u8; WAL_HEADER_SIZE];
-        read_or_zeros(&wal, 0, &mut head).map_err(StoreError::io("read", &path))?;
+        read_or_zeros(&*wal, 0, &mut head).map_err(StoreError::io("read", &path))?;
         let Some(header) = WalHeader::decode(&head)
             .ok()
             .filter(|h| h.page_size == page_size)
@@ -228,9 +229,12 @@ impl Database {
         self.log().clear()?;
         for f in &files[first..] {
             let p: PathBuf = path(f);
-            let mut source = File::open(&p).map_err(StoreError::io("open", &p))?;
+            let source = self
+                .disk()
+                .open(&p, Open::Read)
+                .map_err(StoreError::io("open", &p))?;
             let mut appender = self.log().begin(f.0, f.1)?;
-            std::io::copy(&mut source, &mut appender)
+            std::io::copy(&mut Reader::new(source), &mut appender)
                 .map_err(StoreError::io("copy to the log", &p))?;
             appender.commit()?;
         }
@@ -284,7 +288,7 @@ impl Database {
             .map_err(StoreError::ltx(context()))?;
         appender.commit()?;
         let mut head = [0u8; header::HEADER_SIZE];
-        read_or_zeros(&file.file, 0, &mut head)
+        read_or_zeros(&*file.file, 0, &mut head)
             .map_err(StoreError::io("read", self.path(FileKind::Database)))?;
         let wal_mode = DbHeader::parse(&head).is_ok_and(|h| h.is_wal());
         let pos = Pos { txid, checksum };
@@ -298,14 +302,14 @@ impl Database {
         };
         self.advance(st, &c);
         let size = st.committed_size();
-        self.set_file_size(st, &file.file, size)?;
+        self.set_file_size(st, &*file.file, size)?;
         (st.view_size, st.base_size) = (size, size);
         Ok(())
     }
 }
 
-fn read_sums(file: &File, path: &Path, page_size: u32) -> Result<PageSums, StoreError> {
-    let len = file.metadata().map_err(StoreError::io("stat", path))?.len();
+fn read_sums(file: &dyn DiskFile, path: &Path, page_size: u32) -> Result<PageSums, StoreError> {
+    let len = file.size().map_err(StoreError::io("stat", path))?;
     let pages = u32::try_from(len / u64::from(page_size))
         .map_err(|_| StoreError::corrupt(path, "too large for a database"))?;
     let mut sums = PageSums::default();
@@ -323,9 +327,11 @@ fn read_sums(file: &File, path: &Path, page_size: u32) -> Result<PageSums, Store
 /// and after a snapshot of a lower TXID it would look like news.
 pub(super) fn forget_newest(db: &Database) -> Result<(), StoreError> {
     let dir = db.dir.join("ltx");
-    for (min, max) in list(&dir)? {
+    for (min, max) in list(db.disk(), &dir)? {
         let path = dir.join(ltx::file_name(min, max));
-        fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+        db.disk()
+            .remove_file(&path)
+            .map_err(StoreError::io("remove", &path))?;
     }
     Ok(())
 }
@@ -337,7 +343,9 @@ pub(super) fn leave_newest(db: &Arc<Database>) -> Result<(), StoreError> {
         return Ok(());
     }
     let dir = db.dir.join("ltx");
-    fs::create_dir_all(&dir).map_err(StoreError::io("create", &dir))?;
+    db.disk()
+        .create_dir_all(&dir)
+        .map_err(StoreError::io("create", &dir))?;
     let record = match db.log().read(pos.txid)? {
         Some(r) => r,
         None => match db.log().read(1)? {
@@ -348,18 +356,15 @@ pub(super) fn leave_newest(db: &Arc<Database>) -> Result<(), StoreError> {
     let name = ltx::file_name(record.header.min_txid, record.header.max_txid);
     let path = dir.join(&name);
     let mut body: Box<dyn Read> = Box::new(record.body);
-    let mut write = || -> std::io::Result<()> {
-        let mut temp = tempfile::NamedTempFile::new_in(&dir)?;
-        std::io::copy(&mut body, &mut temp)?;
-        temp.as_file().sync_all()?;
-        temp.persist(&path)?;
-        File::open(&dir)?.sync_all()
-    };
-    write().map_err(StoreError::io("write", &path))?;
-    for (min, max) in list(&dir)? {
+    db.disk()
+        .replace(&path, |out| std::io::copy(&mut body, out).map(|_| ()))
+        .map_err(StoreError::io("write", &path))?;
+    for (min, max) in list(db.disk(), &dir)? {
         let other = dir.join(ltx::file_name(min, max));
         if other != path {
-            fs::remove_file(&other).map_err(StoreError::io("remove", &other))?;
+            db.disk()
+                .remove_file(&other)
+                .map_err(StoreError::io("remove", &other))?;
         }
     }
     Ok(())

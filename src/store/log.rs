@@ -13,9 +13,7 @@
 //! - The newest record is never removed.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -26,6 +24,8 @@ use crc_fast::CrcAlgorithm::Crc64GoIso;
 
 use crate::ltx;
 
+use super::context::{Options, Random};
+use super::disk::{Disk, File, Open};
 use super::error::StoreError;
 use super::log_recovery::{self, sync_dir};
 use super::segment::{self, BodyReader, RECORD_HEADER_SIZE, RecordHeader, Segment};
@@ -43,6 +43,8 @@ type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 
 /// The log of one database.
 pub struct Log {
+    disk: Arc<dyn Disk>,
+    random: Random,
     dir: PathBuf,
     /// A segment older than this is followed by a new one, so that retention can remove it.
     segment_age: Duration,
@@ -64,7 +66,7 @@ struct Inner {
     /// How often another log took this one's place: what a flush found before is of no use after.
     history: u64,
     /// Files of ended segments, and directories, that the next flush must sync too.
-    unsynced: Vec<(Arc<File>, PathBuf)>,
+    unsynced: Vec<File>,
     /// Why nothing more can be appended.
     failed: Option<String>,
 }
@@ -99,24 +101,31 @@ impl Log {
     /// Opens the log in `dir`, which need not exist. The torn end of a crash is cut off; records
     /// above `verified` are checked byte by byte. A bad record before good, flushed ones is an
     /// error.
-    pub fn open(dir: &Path, segment_age: Duration, verified: u64) -> Result<Log, StoreError> {
-        let segments = log_recovery::open(dir, verified)?;
-        let log = Log::of(dir, segment_age, segments, None);
+    pub fn open(
+        options: &Options,
+        dir: &Path,
+        segment_age: Duration,
+        verified: u64,
+    ) -> Result<Log, StoreError> {
+        let segments = log_recovery::open(&*options.disk, dir, verified)?;
+        let log = Log::of(options, dir, segment_age, segments, None);
         log.sync_opened()?;
         Ok(log)
     }
 
     /// A log that takes nothing, for a database whose log cannot be opened.
-    pub fn unusable(dir: &Path, segment_age: Duration) -> Log {
+    pub fn unusable(options: &Options, dir: &Path) -> Log {
         Log::of(
+            options,
             dir,
-            segment_age,
+            options.segment_age(),
             VecDeque::new(),
             Some("it could not be opened".to_owned()),
         )
     }
 
     fn of(
+        options: &Options,
         dir: &Path,
         segment_age: Duration,
         segments: VecDeque<Segment>,
@@ -124,6 +133,8 @@ impl Log {
     ) -> Log {
         let flushed_txid = segments.back().and_then(Segment::last_txid).unwrap_or(0);
         Log {
+            disk: options.disk.clone(),
+            random: options.random.clone(),
             dir: dir.to_owned(),
             segment_age,
             inner: Mutex::new(Inner {
@@ -148,7 +159,9 @@ impl Log {
     pub fn clear(&self) -> Result<(), StoreError> {
         let mut inner = self.inner.lock();
         while let Some(s) = inner.segments.pop_front() {
-            fs::remove_file(&s.path).map_err(StoreError::io("remove log segment", &s.path))?;
+            self.disk
+                .remove_file(&s.path)
+                .map_err(StoreError::io("remove log segment", &s.path))?;
         }
         inner.flushed_txid = 0;
         inner.history += 1;
@@ -242,6 +255,7 @@ impl Log {
             self.rotate(&mut inner, min_txid, max_txid, replaces)?;
         }
         Ok(Appender {
+            disk: &*self.disk,
             inner,
             min_txid,
             max_txid,
@@ -260,34 +274,40 @@ impl Log {
         max_txid: u64,
         replaces: bool,
     ) -> Result<(), StoreError> {
-        if !self.dir.exists() {
-            fs::create_dir_all(&self.dir)
+        if !self.disk.exists(&self.dir) {
+            self.disk
+                .create_dir_all(&self.dir)
                 .map_err(StoreError::io("create log directory", &self.dir))?;
             for parent in self.dir.ancestors().skip(1).take(2) {
-                let d = File::open(parent).map_err(StoreError::io("open directory", parent))?;
-                inner.unsynced.push((Arc::new(d), parent.to_owned()));
+                inner.unsynced.push(self.open_dir(parent)?);
             }
         }
-        let dir = File::open(&self.dir).map_err(StoreError::io("open log directory", &self.dir))?;
-        let salt = rand::random::<u64>();
+        let dir = self.open_dir(&self.dir)?;
+        let salt = self.random.next();
         let name = if replaces {
             REPLACEMENT.to_owned()
         } else {
             segment::file_name(max_txid)
         };
-        let new = Segment::create(self.dir.join(name), salt, min_txid, max_txid)?;
+        let new = Segment::create(&*self.disk, self.dir.join(name), salt, min_txid, max_txid)?;
         if let Some(old) = inner.segments.back_mut() {
             // The unused rest of the preallocation is given back.
             if let Err(e) = old.file.set_len(old.tail) {
                 tracing::debug!(path = %old.path.display(), error = %e, "log segment not trimmed");
             }
             old.allocated = old.tail;
-            inner.unsynced.push((old.file.clone(), old.path.clone()));
+            inner.unsynced.push(old.file.clone());
         }
-        inner.unsynced.push((Arc::new(dir), self.dir.clone()));
+        inner.unsynced.push(dir);
         inner.segments.push_back(new);
         inner.began = Instant::now();
         Ok(())
+    }
+
+    fn open_dir(&self, dir: &Path) -> Result<File, StoreError> {
+        self.disk
+            .open(dir, Open::Read)
+            .map_err(StoreError::io("open directory", dir))
     }
 
     /// Calls `done` once everything appended so far is on disk: on this thread, before returning,
@@ -354,17 +374,14 @@ impl Log {
                 return (inner.seq, Err(io::Error::other(reason.clone())));
             }
             let others = std::mem::take(&mut inner.unsynced);
-            let active = inner
-                .segments
-                .back()
-                .map(|s| (s.file.clone(), s.path.clone()));
+            let active = inner.segments.back().map(|s| s.file.clone());
             let txid = inner.last_txid();
             (inner.seq, txid, inner.history, active, others)
         };
         let result = others
             .iter()
-            .try_for_each(|(f, _)| f.sync_all())
-            .and_then(|()| active.as_ref().map_or(Ok(()), |(f, _)| f.sync_data()));
+            .try_for_each(|f| f.sync_all())
+            .and_then(|()| active.as_ref().map_or(Ok(()), |f| f.sync_data()));
         let mut inner = self.inner.lock();
         match &result {
             Ok(()) if inner.history == history => {
@@ -394,7 +411,7 @@ impl Log {
         let Some((seg, offset)) = found else {
             return Ok(None);
         };
-        let header = segment::read_header(&seg.file, seg.salt, offset)
+        let header = segment::read_header(&*seg.file, seg.salt, offset)
             .map_err(StoreError::io("read log segment", &seg.path))?;
         Ok(Some(LogRecord {
             header,
@@ -426,7 +443,9 @@ impl Log {
                 inner.segments.pop_front()
             };
             let Some(s) = oldest else { break };
-            fs::remove_file(&s.path).map_err(StoreError::io("remove log segment", &s.path))?;
+            self.disk
+                .remove_file(&s.path)
+                .map_err(StoreError::io("remove log segment", &s.path))?;
             removed += s.len() as u64;
         }
         Ok(removed)
@@ -470,6 +489,7 @@ impl LogRecord {
 
 /// A record being written. Dropped without [`Appender::commit`], it never was.
 pub struct Appender<'a> {
+    disk: &'a dyn Disk,
     inner: MutexGuard<'a, Inner>,
     min_txid: u64,
     max_txid: u64,
@@ -557,13 +577,17 @@ impl Appender<'_> {
             .sync_all()
             .map_err(StoreError::io("sync log segment", &new.path))?;
         let dir = new.path.parent().map(Path::to_owned).unwrap_or_default();
-        sync_dir(&dir)?;
+        sync_dir(self.disk, &dir)?;
         while let Some(s) = self.inner.segments.pop_front() {
-            fs::remove_file(&s.path).map_err(StoreError::io("remove log segment", &s.path))?;
+            self.disk
+                .remove_file(&s.path)
+                .map_err(StoreError::io("remove log segment", &s.path))?;
         }
         let path = dir.join(segment::file_name(self.max_txid));
-        fs::rename(&new.path, &path).map_err(StoreError::io("rename log segment", &new.path))?;
-        sync_dir(&dir)?;
+        self.disk
+            .rename(&new.path, &path)
+            .map_err(StoreError::io("rename log segment", &new.path))?;
+        sync_dir(self.disk, &dir)?;
         new.path = path;
         self.inner.segments.push_back(new);
         // What was flushed before is of another history.
@@ -581,7 +605,7 @@ impl Drop for Appender<'_> {
             return;
         }
         if let Some(s) = self.inner.segments.pop_back()
-            && let Err(e) = fs::remove_file(&s.path)
+            && let Err(e) = self.disk.remove_file(&s.path)
         {
             let reason = format!("{} is empty and cannot be removed: {e}", s.path.display());
             self.inner.failed = Some(reason);
@@ -593,15 +617,7 @@ impl Drop for Appender<'_> {
 fn preallocate(seg: &mut Segment, end: u64) {
     let step = seg.allocated.clamp(FIRST_ALLOCATION, SEGMENT_SIZE / 4);
     let target = end.next_multiple_of(4096) + step;
-    // SAFETY: plain system call on a descriptor that `seg` keeps open.
-    let r = unsafe {
-        libc::posix_fallocate(
-            std::os::fd::AsRawFd::as_raw_fd(&*seg.file),
-            0,
-            target as libc::off_t,
-        )
-    };
-    if r == 0 {
+    if seg.file.allocate(target).is_ok() {
         seg.allocated = target;
     }
 }

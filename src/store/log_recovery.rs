@@ -1,11 +1,10 @@
 //! Opening a log: which segments count, and where the torn end of the last crash is cut off.
 
 use std::collections::VecDeque;
-use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::disk::{Disk, Open};
 use super::error::StoreError;
 use super::log::REPLACEMENT;
 use super::segment::{self, Segment};
@@ -15,49 +14,50 @@ use super::segment::{self, Segment};
 ///
 /// # Errors
 /// Of the system, and when a record is damaged or missing that later ones say was on disk.
-pub(super) fn open(dir: &Path, verified: u64) -> Result<VecDeque<Segment>, StoreError> {
+pub(super) fn open(
+    disk: &dyn Disk,
+    dir: &Path,
+    verified: u64,
+) -> Result<VecDeque<Segment>, StoreError> {
     let mut names: Vec<u64> = Vec::new();
-    match fs::read_dir(dir) {
+    match disk.list(dir) {
         Ok(entries) => {
-            for entry in entries {
-                let entry = entry.map_err(StoreError::io("list log", dir))?;
-                names.extend(
-                    entry
-                        .file_name()
-                        .to_str()
-                        .and_then(segment::parse_file_name),
-                );
-            }
+            let parse = |n: &std::ffi::OsString| n.to_str().and_then(segment::parse_file_name);
+            names.extend(entries.iter().filter_map(parse));
         }
         Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         Err(e) => return Err(StoreError::io("list log", dir)(e)),
     }
     names.sort_unstable();
-    finish_replacement(dir, &mut names)?;
-    open_segments(dir, &names, verified)
+    finish_replacement(disk, dir, &mut names)?;
+    open_segments(disk, dir, &names, verified)
 }
 
 /// Makes the names in a directory durable.
-pub(super) fn sync_dir(dir: &Path) -> Result<(), StoreError> {
-    File::open(dir)
-        .and_then(|d| d.sync_all())
+pub(super) fn sync_dir(disk: &dyn Disk, dir: &Path) -> Result<(), StoreError> {
+    disk.sync_dir(dir)
         .map_err(StoreError::io("sync log directory", dir))
 }
 
 /// A snapshot that was to replace the log when the node ended: if it is whole it does so now.
-fn finish_replacement(dir: &Path, names: &mut Vec<u64>) -> Result<(), StoreError> {
+fn finish_replacement(disk: &dyn Disk, dir: &Path, names: &mut Vec<u64>) -> Result<(), StoreError> {
     let path = dir.join(REPLACEMENT);
-    if !path.exists() {
+    if !disk.exists(&path) {
         return Ok(());
     }
-    let whole = Segment::open(&path, 0)?.segment.filter(|s| !s.is_empty());
+    let whole = Segment::open(disk, &path, 0)?
+        .segment
+        .filter(|s| !s.is_empty());
     let Some(segment) = whole else {
-        return fs::remove_file(&path).map_err(StoreError::io("remove log segment", &path));
+        return disk
+            .remove_file(&path)
+            .map_err(StoreError::io("remove log segment", &path));
     };
-    remove_segments(dir, names)?;
+    remove_segments(disk, dir, names)?;
     let name = dir.join(segment::file_name(segment.first_max));
-    fs::rename(&path, &name).map_err(StoreError::io("rename log segment", &path))?;
-    sync_dir(dir)?;
+    disk.rename(&path, &name)
+        .map_err(StoreError::io("rename log segment", &path))?;
+    sync_dir(disk, dir)?;
     *names = vec![segment.first_max];
     Ok(())
 }
@@ -65,13 +65,14 @@ fn finish_replacement(dir: &Path, names: &mut Vec<u64>) -> Result<(), StoreError
 /// Opens the segments of these names in order, and cuts off the torn end of the last crash.
 /// Nothing is changed before it is known that the end is torn and not damaged.
 fn open_segments(
+    disk: &dyn Disk,
     dir: &Path,
     names: &[u64],
     verified: u64,
 ) -> Result<VecDeque<Segment>, StoreError> {
     let mut segments: VecDeque<Segment> = VecDeque::new();
     for name in names {
-        let scanned = Segment::open(&dir.join(segment::file_name(*name)), verified)?;
+        let scanned = Segment::open(disk, &dir.join(segment::file_name(*name)), verified)?;
         let last = segments.back().and_then(Segment::last_txid);
         let follows = |s: &Segment| last.is_none_or(|t| Some(s.first_min) == t.checked_add(1));
         match scanned.segment.filter(|s| !s.is_empty() && follows(s)) {
@@ -88,9 +89,9 @@ fn open_segments(
         check_end(dir, last, missing)?;
     }
     for name in torn {
-        check_torn(dir, &dir.join(segment::file_name(*name)), missing)?;
+        check_torn(disk, dir, &dir.join(segment::file_name(*name)), missing)?;
     }
-    remove_segments(dir, torn)?;
+    remove_segments(disk, dir, torn)?;
     if let Some(last) = segments.back() {
         cut_tail(last)?;
     }
@@ -111,12 +112,12 @@ fn check_end(dir: &Path, segment: &Segment, missing: u64) -> Result<(), StoreErr
 
 /// An error if this segment, which does not go on from those before it, is damaged or says that
 /// `missing` was on disk.
-fn check_torn(dir: &Path, path: &Path, missing: u64) -> Result<(), StoreError> {
-    let Some(segment) = Segment::open(path, 0)?.segment else {
-        return check_headerless(path);
+fn check_torn(disk: &dyn Disk, dir: &Path, path: &Path, missing: u64) -> Result<(), StoreError> {
+    let Some(segment) = Segment::open(disk, path, 0)?.segment else {
+        return check_headerless(disk, path);
     };
     let flushed = segment.record_offsets().any(|o| {
-        segment::read_header(&segment.file, segment.salt, o)
+        segment::read_header(&*segment.file, segment.salt, o)
             .is_ok_and(|h| h.flushed_txid >= missing)
     });
     if flushed {
@@ -127,10 +128,10 @@ fn check_torn(dir: &Path, path: &Path, missing: u64) -> Result<(), StoreError> {
 }
 
 /// A segment without a header is torn if the header was never written, and damaged if it was.
-fn check_headerless(path: &Path) -> Result<(), StoreError> {
+fn check_headerless(disk: &dyn Disk, path: &Path) -> Result<(), StoreError> {
     let mut header = [0u8; segment::SEGMENT_HEADER_SIZE as usize];
-    let read = File::open(path).and_then(|f| {
-        let whole = f.metadata()?.len() >= segment::SEGMENT_HEADER_SIZE;
+    let read = disk.open(path, Open::Read).and_then(|f| {
+        let whole = f.size()? >= segment::SEGMENT_HEADER_SIZE;
         if whole {
             f.read_exact_at(&mut header, 0)?;
         }
@@ -147,22 +148,23 @@ fn check_headerless(path: &Path) -> Result<(), StoreError> {
 /// Zeros behind the last whole record, so that nothing of a torn one is ever read again.
 fn cut_tail(seg: &Segment) -> Result<(), StoreError> {
     let cut = || -> io::Result<()> {
-        let len = seg.file.metadata()?.len();
+        let len = seg.file.size()?;
         seg.file.set_len(seg.tail)?;
         seg.file.set_len(len.max(seg.tail))
     };
     cut().map_err(StoreError::io("cut log segment", &seg.path))
 }
 
-fn remove_segments(dir: &Path, names: &[u64]) -> Result<(), StoreError> {
+fn remove_segments(disk: &dyn Disk, dir: &Path, names: &[u64]) -> Result<(), StoreError> {
     for name in names {
         let path = dir.join(segment::file_name(*name));
-        fs::remove_file(&path).map_err(StoreError::io("remove log segment", &path))?;
+        disk.remove_file(&path)
+            .map_err(StoreError::io("remove log segment", &path))?;
     }
     // Else a crash could bring them back behind records of the same numbers.
     if names.is_empty() {
         Ok(())
     } else {
-        sync_dir(dir)
+        sync_dir(disk, dir)
     }
 }

@@ -23,7 +23,7 @@ mod capture;
 mod checkpoint;
 mod context;
 mod database;
-
+pub mod disk;
 mod divergent;
 mod epoch;
 mod error;
@@ -56,7 +56,7 @@ mod super_journal;
 mod tests;
 mod wal;
 
-pub use context::{Event, Options, Subscription};
+pub use context::{Background, Event, Options, Random, Subscription};
 pub use database::{Counters, Database, DbFile, FileKind};
 pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;
@@ -71,6 +71,7 @@ pub use snapshot::Snapshot;
 pub use super_journal::SuperJournal;
 
 use context::Context;
+use disk::Disk;
 
 /// What this node is in its cluster.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,12 +115,14 @@ impl Store {
     pub fn open(options: Options) -> Result<Arc<Store>, StoreError> {
         let dir = options.data_dir.clone();
         let dbs = dir.join("dbs");
-        fs::create_dir_all(&dbs).map_err(StoreError::io("create data directory", &dbs))?;
+        let disk = options.disk.clone();
+        disk.create_dir_all(&dbs)
+            .map_err(StoreError::io("create data directory", &dbs))?;
         let lock = lock_directory(&dir)?;
         let context = Context::start(options);
         let store = Store {
-            cluster_id: RwLock::new(read_cluster_id(&dir)?),
-            epoch: epoch::Epoch::open(&dir)?,
+            cluster_id: RwLock::new(read_cluster_id(&*disk, &dir)?),
+            epoch: epoch::Epoch::open(&disk, &dir)?,
             context,
             _lock: lock,
             databases: RwLock::default(),
@@ -134,15 +137,19 @@ impl Store {
     }
 
     fn open_databases(&self, dbs: &Path) -> Result<(), StoreError> {
-        for entry in fs::read_dir(dbs).map_err(StoreError::io("list databases in", dbs))? {
-            let entry = entry.map_err(StoreError::io("list databases in", dbs))?;
-            let path = entry.path();
+        let disk = self.disk();
+        let mut entries = disk
+            .list(dbs)
+            .map_err(StoreError::io("list databases in", dbs))?;
+        entries.sort_unstable();
+        for entry in entries {
+            let path = dbs.join(&entry);
             let name = entry
-                .file_name()
                 .to_str()
                 .map(str::to_owned)
                 .filter(|n| check_database(n).is_ok());
-            let (true, Some(name)) = (path.is_dir(), name) else {
+            let is_dir = disk.metadata(&path).is_ok_and(|m| m.is_dir());
+            let (true, Some(name)) = (is_dir, name) else {
                 tracing::warn!(path = %path.display(), "not a database: left alone");
                 continue;
             };
@@ -151,7 +158,7 @@ impl Store {
                     self.databases.write().insert(name, db);
                 }
                 // Created and never written, or the rest of a failed creation. Only empty ones go.
-                None => remove_empty(&path),
+                None => remove_empty(disk, &path),
             }
         }
         Ok(())
@@ -164,6 +171,21 @@ impl Store {
 
     fn data_dir(&self) -> &Path {
         &self.context.options.data_dir
+    }
+
+    /// Files of no name in the data directory.
+    fn scratch(&self) -> disk::Scratch {
+        disk::Scratch::new(&self.context.options.disk, self.data_dir())
+    }
+
+    fn disk(&self) -> &dyn Disk {
+        &*self.context.options.disk
+    }
+
+    /// Does on this thread all that waits to be done behind the applications' backs, if the store
+    /// was opened with [`Background::Manual`].
+    pub fn run_background(&self) {
+        self.context.run_background();
     }
 
     /// The cluster that this data directory belongs to, once it belongs to one.
@@ -187,7 +209,7 @@ impl Store {
             }
             None => {}
         }
-        write_cluster_id(self.data_dir(), id)?;
+        write_cluster_id(self.disk(), self.data_dir(), id)?;
         *current = Some(id.to_owned());
         Ok(())
     }
@@ -219,8 +241,8 @@ impl Store {
 
     fn new_database(&self, name: &str) -> Result<Arc<Database>, StoreError> {
         let dir = self.data_dir().join("dbs").join(name);
-        let age = (self.context.options.retention / 4).max(Duration::from_millis(100));
-        let log = log::Log::open(&dir.join("log"), age, 0)?;
+        let options = &self.context.options;
+        let log = log::Log::open(options, &dir.join("log"), options.segment_age(), 0)?;
         Ok(Database::empty(&self.context, name, &dir, log))
     }
 
@@ -234,12 +256,15 @@ impl Store {
         let target = aside.join(format!("{name}-{}", database::now_ms()));
         tracing::warn!(db = name, reason, kept = %target.display(), "the primary's database takes the place of a damaged one");
         let from = self.data_dir().join("dbs").join(name);
-        fs::create_dir_all(&aside).map_err(StoreError::io("create", &aside))?;
+        let disk = self.disk();
+        disk.create_dir_all(&aside)
+            .map_err(StoreError::io("create", &aside))?;
         // Before the databases are locked: the keeper may hold the replica's locks while it waits
         // for the mount to look a name up.
         db.abandon_files();
         let mut databases = self.databases.write();
-        fs::rename(&from, &target).map_err(StoreError::io("set aside", &from))?;
+        disk.rename(&from, &target)
+            .map_err(StoreError::io("set aside", &from))?;
         let new = self.new_database(name)?;
         databases.insert(name.to_owned(), new.clone());
         Ok(new)
@@ -251,7 +276,7 @@ impl Store {
         let nothing = db.pos().is_zero() && db.is_nothing();
         if nothing && databases.get(db.name()).is_some_and(|d| Arc::ptr_eq(d, db)) {
             databases.remove(db.name());
-            remove_empty(&self.data_dir().join("dbs").join(db.name()));
+            remove_empty(self.disk(), &self.data_dir().join("dbs").join(db.name()));
         }
     }
 
@@ -453,16 +478,16 @@ fn lock_directory(dir: &Path) -> Result<fs::File, StoreError> {
 
 /// Removes a directory and those in it that are empty; files are never removed by it, except
 /// an empty database.
-fn remove_empty(path: &Path) {
+fn remove_empty(disk: &dyn Disk, path: &Path) {
     for file in ["database", "journal", "wal", "shm"] {
         let file = path.join(file);
-        if fs::metadata(&file).is_ok_and(|m| m.len() == 0) {
-            let _ = fs::remove_file(&file);
+        if disk.metadata(&file).is_ok_and(|m| m.len() == 0) {
+            let _ = disk.remove_file(&file);
         }
     }
     // What is not empty stays, and is looked at again at the next start.
     for dir in [path.join("log"), path.join("ltx"), path.to_owned()] {
-        let _ = fs::remove_dir(dir);
+        let _ = disk.remove_dir(&dir);
     }
 }
 
@@ -470,10 +495,10 @@ fn cluster_id_path(dir: &Path) -> PathBuf {
     dir.join("clusterid")
 }
 
-fn read_cluster_id(dir: &Path) -> Result<Option<String>, StoreError> {
+fn read_cluster_id(disk: &dyn Disk, dir: &Path) -> Result<Option<String>, StoreError> {
     let path = cluster_id_path(dir);
-    match fs::read_to_string(&path) {
-        Ok(s) => {
+    match disk.read_to_string(&path) {
+        Ok(Some(s)) => {
             let id = s.trim_end().to_owned();
             let valid = id.len() == 20
                 && id.starts_with("LFSC")
@@ -487,19 +512,13 @@ fn read_cluster_id(dir: &Path) -> Result<Option<String>, StoreError> {
                 ))
             }
         }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Ok(None) => Ok(None),
         Err(e) => Err(StoreError::io("read", &path)(e)),
     }
 }
 
-fn write_cluster_id(dir: &Path, id: &str) -> Result<(), StoreError> {
+fn write_cluster_id(disk: &dyn Disk, dir: &Path, id: &str) -> Result<(), StoreError> {
     let path = cluster_id_path(dir);
-    let write = || -> io::Result<()> {
-        let mut temp = tempfile::NamedTempFile::new_in(dir)?;
-        writeln!(temp, "{id}")?;
-        temp.as_file().sync_all()?;
-        temp.persist(&path)?;
-        fs::File::open(dir)?.sync_all()
-    };
-    write().map_err(StoreError::io("write", &path))
+    disk.replace(&path, |out| writeln!(out, "{id}"))
+        .map_err(StoreError::io("write", &path))
 }

@@ -5,10 +5,9 @@
 //! others lie in an unlinked side file in the database's directory.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+
+use super::disk::{File, Scratch};
 
 /// Bytes kept in memory by one database's overlay.
 const MEMORY_LIMIT: usize = 64 << 20;
@@ -20,7 +19,7 @@ pub struct Overlay {
     blocks: BTreeMap<u64, Block>,
     in_memory: usize,
     memory_limit: usize,
-    dir: PathBuf,
+    scratch: Scratch,
     spill: Option<Spill>,
 }
 
@@ -38,14 +37,14 @@ struct Spill {
 }
 
 impl Overlay {
-    /// An empty overlay whose side file, if it needs one, lies in `dir`.
-    pub fn new(dir: &Path) -> Overlay {
+    /// An empty overlay whose side file, if it needs one, is made there.
+    pub fn new(scratch: Scratch) -> Overlay {
         Overlay {
             block_size: 0,
             blocks: BTreeMap::new(),
             in_memory: 0,
             memory_limit: MEMORY_LIMIT,
-            dir: dir.to_owned(),
+            scratch,
             spill: None,
         }
     }
@@ -201,7 +200,7 @@ impl Overlay {
     fn spill(&mut self) -> io::Result<&mut Spill> {
         if self.spill.is_none() {
             self.spill = Some(Spill {
-                file: tempfile::tempfile_in(&self.dir)?,
+                file: self.scratch.file()?,
                 used: 0,
             });
         }
@@ -241,12 +240,16 @@ impl Overlay {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
+    use crate::store::disk::{Disk, Real};
 
     #[test]
     fn pieces_spill_and_truncate_like_a_file() {
         let dir = tempfile::tempdir().unwrap();
-        let mut o = Overlay::new(dir.path());
+        let disk: Arc<dyn Disk> = Arc::new(Real);
+        let mut o = Overlay::new(Scratch::new(&disk, dir.path()));
         o.memory_limit = 2048;
         o.set_block_size(512);
         let mut model = vec![7u8; 8192];

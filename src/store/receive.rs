@@ -3,10 +3,7 @@
 //! Nothing of the database is touched before the LTX file was read to its end, its checksums were
 //! found right, and it was found to follow this node's position.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::io::{self, Read};
 use std::sync::Arc;
 
 use crate::ltx::{self, Decoder, Header, Pos};
@@ -15,6 +12,7 @@ use crate::sqlite::header::DbHeader;
 use super::Store;
 use super::capture::Captured;
 use super::database::Database;
+use super::disk::{File, Reader, Scratch};
 use super::divergent::Common;
 use super::error::StoreError;
 
@@ -35,29 +33,30 @@ pub(super) struct Spool {
     memory: Vec<u8>,
     file: Option<File>,
     size: u64,
-    dir: std::path::PathBuf,
+    scratch: Scratch,
 }
 
 impl Spool {
-    pub fn new(dir: &Path) -> Spool {
+    pub fn new(scratch: Scratch) -> Spool {
         Spool {
             memory: Vec::new(),
             file: None,
             size: 0,
-            dir: dir.to_owned(),
+            scratch,
         }
     }
 
     pub fn add(&mut self, data: &[u8]) -> io::Result<()> {
+        let at = self.size;
         self.size += data.len() as u64;
         if self.file.is_none() && self.memory.len() + data.len() > SPOOL_MEMORY {
-            let mut file = tempfile::tempfile_in(&self.dir)?;
-            file.write_all(&self.memory)?;
+            let file = self.scratch.file()?;
+            file.write_all_at(&self.memory, 0)?;
             self.memory = Vec::new();
             self.file = Some(file);
         }
-        match &mut self.file {
-            Some(file) => file.write_all(data),
+        match &self.file {
+            Some(file) => file.write_all_at(data, at),
             None => {
                 self.memory.extend_from_slice(data);
                 Ok(())
@@ -84,10 +83,10 @@ impl Spool {
 
     /// The bytes from the beginning.
     pub fn reader(&mut self) -> io::Result<Box<dyn Read + '_>> {
-        match &mut self.file {
+        match &self.file {
             Some(file) => {
-                file.seek(SeekFrom::Start(0))?;
-                Ok(Box::new(io::BufReader::with_capacity(256 << 10, file)))
+                let reader = Reader::new(file.clone());
+                Ok(Box::new(io::BufReader::with_capacity(256 << 10, reader)))
             }
             None => Ok(Box::new(&self.memory[..])),
         }
@@ -119,9 +118,9 @@ pub(super) struct Incoming {
 }
 
 impl Incoming {
-    pub fn read(dir: &Path, from: &mut dyn Read, db: &str) -> Result<Incoming, StoreError> {
+    pub fn read(scratch: Scratch, from: &mut dyn Read, db: &str) -> Result<Incoming, StoreError> {
         let context = || format!("transaction received for {db}");
-        let mut spool = Spool::new(dir);
+        let mut spool = Spool::new(scratch);
         let mut decoder = Decoder::new(Tee {
             from,
             spool: &mut spool,
@@ -190,7 +189,7 @@ impl Store {
         common: &mut dyn FnMut(&str, &[Pos]) -> Common,
     ) -> Result<Received, StoreError> {
         super::names::check_database(name)?;
-        let incoming = Incoming::read(self.data_dir(), from, name)?;
+        let incoming = Incoming::read(self.scratch(), from, name)?;
         let own = incoming.header.node_id == self.node_id() && !incoming.header.is_snapshot();
         if own
             && self

@@ -6,17 +6,15 @@
 //! acknowledged, because a commit is logged before it is answered. In the rollback modes, pages of
 //! a transaction that was not logged never reached the file.
 
-use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::ltx::{self, Decoder, Pos};
 use crate::sqlite::header::{self, DbHeader};
 
 use super::context::Context;
 use super::database::{Database, FileKind, State, read_or_zeros};
+use super::disk::{File, Open};
 use super::error::StoreError;
 use super::litefs;
 use super::log::Log;
@@ -32,22 +30,17 @@ pub(super) fn open(
     name: &str,
     dir: &Path,
 ) -> Result<Option<Arc<Database>>, StoreError> {
-    let segment_age = (context.options.retention / 4).max(Duration::from_millis(100));
-    let saved = sums::load(&dir.join("checksums"));
+    let options = &context.options;
+    let saved = sums::load(&*options.disk, &dir.join("checksums"));
     let verified = saved
         .as_ref()
         .ok()
         .and_then(|s| s.as_ref())
         .map_or(0, |(h, _)| h.pos.txid);
-    let log = match Log::open(&dir.join("log"), segment_age, verified) {
+    let log = match Log::open(options, &dir.join("log"), options.segment_age(), verified) {
         Ok(log) => log,
         Err(e) => {
-            let db = Database::empty(
-                context,
-                name,
-                dir,
-                Log::unusable(&dir.join("log"), segment_age),
-            );
+            let db = Database::empty(context, name, dir, Log::unusable(options, &dir.join("log")));
             db.set_broken(&mut db.lock(), e.to_string());
             return Ok(Some(db));
         }
@@ -55,8 +48,8 @@ pub(super) fn open(
     let db = Database::empty(context, name, dir, log);
     let saved = saved.or_else(|e| without_checksums(&db, e));
     let outcome = saved.and_then(|saved| {
-        let foreign =
-            litefs::newest(&dir.join("ltx"))?.filter(|(_, max)| *max > db.log().last_txid());
+        let foreign = litefs::newest(&*options.disk, &dir.join("ltx"))?
+            .filter(|(_, max)| *max > db.log().last_txid());
         match foreign {
             Some(_) => litefs::carry_over(&db).map(|()| true),
             None => db
@@ -81,7 +74,9 @@ fn without_checksums<T>(db: &Database, e: StoreError) -> Result<Option<T>, Store
     tracing::warn!(db = db.name, error = %e, "page checksums are computed again from the whole log");
     // Its headers must not be taken for newer than those to come.
     let path = db.dir.join("checksums");
-    fs::remove_file(&path).map_err(StoreError::io("remove page checksums", &path))?;
+    db.disk()
+        .remove_file(&path)
+        .map_err(StoreError::io("remove page checksums", &path))?;
     Ok(None)
 }
 
@@ -94,7 +89,7 @@ impl Database {
         let path = self.path(FileKind::Database);
         let (saved, sums) = saved.unwrap_or_default();
         if saved.pos.txid == 0 && self.log().last_txid() == 0 {
-            if fs::metadata(&path).is_ok_and(|m| m.len() > 0) {
+            if self.disk().metadata(&path).is_ok_and(|m| m.len() > 0) {
                 return Err(StoreError::corrupt(
                     &path,
                     "a database file without a transaction log: nothing tells what it should be. Move it away, and load it through SQLite (.dump) or restore its log",
@@ -122,12 +117,8 @@ impl Database {
     /// The database file, made if it is missing.
     pub(super) fn open_backing(&self) -> Result<File, StoreError> {
         let path = self.path(FileKind::Database);
-        File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
+        self.disk()
+            .open(&path, Open::Make)
             .map_err(StoreError::io("open database", &path))
     }
 
@@ -242,7 +233,9 @@ impl Database {
         let path = self.path(FileKind::Database);
         if st.page_count == 0 {
             drop(file);
-            fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+            self.disk()
+                .remove_file(&path)
+                .map_err(StoreError::io("remove", &path))?;
             st.page_size = 0;
             return Ok(());
         }
@@ -271,7 +264,7 @@ impl Database {
         file.set_len(size)
             .map_err(StoreError::io("resize", &path))?;
         let mut head = [0u8; header::HEADER_SIZE];
-        read_or_zeros(&file, 0, &mut head).map_err(StoreError::io("read", &path))?;
+        read_or_zeros(&*file, 0, &mut head).map_err(StoreError::io("read", &path))?;
         let h = DbHeader::parse(&head).map_err(|e| StoreError::corrupt(&path, e.to_string()))?;
         st.wal_mode = h.is_wal();
         (st.view_size, st.base_size, st.reserved) = (size, size, size);
@@ -311,12 +304,9 @@ impl Database {
     pub(super) fn remove_leftovers(&self) -> Result<(), StoreError> {
         for kind in [FileKind::Journal, FileKind::Wal, FileKind::Shm] {
             let path = self.path(kind);
-            match fs::remove_file(&path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(StoreError::io("remove", &path)(e));
-                }
-                _ => {}
-            }
+            self.disk()
+                .remove_file_if_there(&path)
+                .map_err(StoreError::io("remove", &path))?;
         }
         Ok(())
     }

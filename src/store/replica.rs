@@ -12,7 +12,6 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -497,7 +496,7 @@ impl Database {
                 .write_all_at(page, u64::from(pgno - 1) * u64::from(c.page_size))
                 .map_err(StoreError::io("write database", &path))
         })?;
-        self.set_file_size(st, &file.file, size)?;
+        self.set_file_size(st, &*file.file, size)?;
         (st.view_size, st.base_size) = (size, size);
         self.advance(st, c);
         Ok(())
@@ -546,14 +545,16 @@ impl Database {
         self.backfill_all(&mut st)?;
         let database = st.database_file(&self.name)?;
         let size = st.committed_size();
-        self.set_file_size(&mut st, &database.file, size)?;
+        self.set_file_size(&mut st, &*database.file, size)?;
         (st.view_size, st.base_size) = (size, size);
         st.wal.reset();
         for kind in [FileKind::Wal, FileKind::Shm] {
             if let Some(f) = st.files.slot(kind).take() {
                 f.delete();
                 let path = self.path(kind);
-                std::fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
+                self.disk()
+                    .remove_file(&path)
+                    .map_err(StoreError::io("remove", &path))?;
             }
         }
         drop(st);

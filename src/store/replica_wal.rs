@@ -8,8 +8,7 @@
 //! - Frames are copied into the database only up to the lowest frame that a reader may still be
 //!   at, and the WAL is restarted only when no reader uses it. Neither ever waits for a reader.
 
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -134,22 +133,7 @@ impl Database {
             return Ok(());
         }
         let target = end + RESERVE_STEP;
-        // SAFETY: a descriptor that `file` keeps open, and numbers; KEEP_SIZE changes no bytes.
-        let r = unsafe {
-            libc::fallocate(
-                file.file.as_raw_fd(),
-                libc::FALLOC_FL_KEEP_SIZE,
-                0,
-                target as libc::off_t,
-            )
-        };
-        match std::io::Error::last_os_error() {
-            e if r != 0 && matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) => {
-                Err(io(e))
-            }
-            // Done; or a file system that cannot reserve.
-            _ => Ok(()),
-        }
+        file.file.reserve(0, target).map_err(io)
     }
 
     /// Writes the frames of a transaction behind the committed ones, and moves the state on.
@@ -173,7 +157,7 @@ impl Database {
                 return Err(self.refuse("pages of another size behind those in the WAL"));
             }
             _ => {
-                let h = WalHeader::new(c.page_size, 0, rand::random(), rand::random());
+                let h = WalHeader::new(c.page_size, 0, self.random() as u32, self.random() as u32);
                 st.wal.header = Some(h);
                 h
             }
@@ -360,7 +344,7 @@ impl Database {
             old.page_size,
             old.checkpoint_seq.wrapping_add(1),
             old.salt1.wrapping_add(1),
-            rand::random(),
+            self.random() as u32,
         );
         let committed = st.wal.committed;
         st.wal.reset();
@@ -485,7 +469,7 @@ impl Database {
         }
         st.wal.backfilled = safe;
         if safe == st.wal.committed {
-            self.set_file_size(&mut st, &file.file, size)?;
+            self.set_file_size(&mut st, &*file.file, size)?;
             st.view_size = size;
         }
         st.view_size = st.view_size.max(size);

@@ -174,7 +174,9 @@ impl Database {
         };
         journal.delete();
         let path = self.path(FileKind::Journal);
-        std::fs::remove_file(&path).map_err(StoreError::io("remove journal", &path))
+        self.disk()
+            .remove_file(&path)
+            .map_err(StoreError::io("remove journal", &path))
     }
 
     /// Makes the database ready for writers; see the module.

@@ -11,7 +11,6 @@
 //! that were free.
 
 use std::io::{Read, Write};
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::ltx;
@@ -20,6 +19,7 @@ use crate::sqlite::header::{self, DbHeader};
 use super::capture::{Captured, Shape, WalPlace};
 use super::context::Job;
 use super::database::{Database, FileKind, State, read_or_zeros};
+use super::disk::{DiskFile, Reader};
 use super::error::StoreError;
 use super::files::Done;
 use super::gate::Pass;
@@ -57,7 +57,7 @@ impl Database {
             let Some(file) = &st.files.database else {
                 return Err(std::io::ErrorKind::NotFound.into());
             };
-            read_or_zeros(&file.file, offset, &mut buf[..from_file])?;
+            read_or_zeros(&*file.file, offset, &mut buf[..from_file])?;
         }
         buf[from_file..].fill(0);
         st.overlay.read_over(offset, buf)
@@ -94,7 +94,7 @@ impl Database {
                 .unwrap_or(usize::MAX)
                 .min(block.len());
             block[valid..].fill(0);
-            read_or_zeros(&file.file, at, &mut block[..valid])
+            read_or_zeros(&*file.file, at, &mut block[..valid])
         };
         st.overlay
             .write(offset, data, base)
@@ -350,16 +350,9 @@ impl Database {
         let file = st.database_file(&self.name)?;
         let target = size + (size / 8).clamp(64 << 10, RESERVE_STEP);
         let path = self.path(FileKind::Database);
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&file.file);
-        // SAFETY: plain system call on a descriptor that `file` keeps open; KEEP_SIZE changes no bytes.
-        let r = unsafe { libc::fallocate(fd, libc::FALLOC_FL_KEEP_SIZE, 0, target as libc::off_t) };
-        if r != 0 {
-            let e = std::io::Error::last_os_error();
-            if matches!(e.raw_os_error(), Some(libc::ENOSPC | libc::EDQUOT)) {
-                return Err(StoreError::io("reserve space for", &path)(e));
-            }
-            // A file system that cannot reserve: space is found, or not, when it is written.
-        }
+        file.file
+            .reserve(0, target)
+            .map_err(StoreError::io("reserve space for", &path))?;
         st.reserved = target;
         Ok(())
     }
@@ -381,7 +374,7 @@ impl Database {
                     .write_all_at(&block, n * bs)
                     .map_err(StoreError::io("write database", &path))?;
             }
-            self.set_file_size(st, &file.file, st.view_size)
+            self.set_file_size(st, &*file.file, st.view_size)
         };
         if let Err(e) = write(st) {
             self.set_broken(
@@ -401,7 +394,7 @@ impl Database {
     pub(super) fn set_file_size(
         &self,
         st: &mut State,
-        file: &std::fs::File,
+        file: &dyn DiskFile,
         size: u64,
     ) -> Result<(), StoreError> {
         let resize = || -> std::io::Result<bool> {
@@ -425,7 +418,7 @@ impl Database {
         st.overlay.clear();
         st.view_size = st.view_size.max(st.committed_size());
         if let Some(file) = st.files.database.clone() {
-            self.set_file_size(st, &file.file, st.view_size)?;
+            self.set_file_size(st, &*file.file, st.view_size)?;
         }
         st.base_size = st.view_size;
         Ok(())
@@ -442,7 +435,9 @@ impl Database {
             JournalEnd::Unlink => {
                 journal.delete();
                 st.files.journal = None;
-                std::fs::remove_file(&path).map_err(StoreError::io("remove journal", &path))
+                self.disk()
+                    .remove_file(&path)
+                    .map_err(StoreError::io("remove journal", &path))
             }
             JournalEnd::Truncate(size) => journal
                 .file
@@ -463,13 +458,10 @@ impl Database {
             return false;
         };
         drop(st);
-        let Ok(len) = journal.file.metadata().map(|m| m.len()) else {
+        let Ok(len) = journal.file.size() else {
             return false;
         };
-        let reader = match journal.file.try_clone() {
-            Ok(f) => f,
-            Err(_) => return false,
-        };
+        let reader = Reader::new(journal.file.clone());
         let named = crate::sqlite::journal::super_journal_name(reader, len)
             .ok()
             .flatten();

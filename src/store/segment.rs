@@ -15,17 +15,14 @@
 //! record whose TXID a later record calls flushed is corruption, any other bad record is the torn
 //! end of the log.
 
-use std::fs::File;
 use std::io::{self, Read};
-use std::ops::Deref;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use crc_fast::CrcAlgorithm::{Crc32IsoHdlc, Crc64GoIso};
 
 use crate::ltx;
 
+use super::disk::{Disk, DiskFile, File, Open};
 use super::error::StoreError;
 
 /// Bytes of the segment header.
@@ -125,7 +122,7 @@ pub struct Segment {
     /// Where it lies.
     pub path: PathBuf,
     /// The open file.
-    pub file: Arc<File>,
+    pub file: File,
     /// Distinguishes this file's records from any other's.
     pub salt: u64,
     /// First TXID of the first record.
@@ -144,17 +141,14 @@ impl Segment {
     /// Creates an empty segment at `path` for a first record that spans these TXIDs. The caller
     /// syncs the file and its directory.
     pub fn create(
+        disk: &dyn Disk,
         path: PathBuf,
         salt: u64,
         first_min: u64,
         first_max: u64,
     ) -> Result<Segment, StoreError> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
+        let file = disk
+            .open(&path, Open::Empty)
             .map_err(StoreError::io("create log segment", &path))?;
         let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
         h[0..8].copy_from_slice(SEGMENT_MAGIC);
@@ -164,12 +158,12 @@ impl Segment {
         h[56..64].copy_from_slice(&crc.to_be_bytes());
         if let Err(e) = file.write_all_at(&h, 0) {
             // Half a segment would look like damage at the next start.
-            let _ = std::fs::remove_file(&path);
+            let _ = disk.remove_file(&path);
             return Err(StoreError::io("write log segment", &path)(e));
         }
         Ok(Segment {
             path,
-            file: Arc::new(file),
+            file,
             salt,
             first_min,
             first_max,
@@ -181,26 +175,25 @@ impl Segment {
 
     /// Opens a segment and finds its records, up to the first that is not whole. Bodies of records
     /// above `verified` are read and checked; those of older ones are not.
-    pub fn open(path: &Path, verified: u64) -> Result<Scanned, StoreError> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .open(path)
+    pub fn open(disk: &dyn Disk, path: &Path, verified: u64) -> Result<Scanned, StoreError> {
+        let file = disk
+            .open(path, Open::Write)
             .map_err(StoreError::io("open log segment", path))?;
         Segment::scan(path, file, verified)
     }
 
     /// The same without the right to write, every body checked: for inspection.
-    pub fn inspect(path: &Path) -> Result<Scanned, StoreError> {
-        let file = File::open(path).map_err(StoreError::io("open log segment", path))?;
+    pub fn inspect(disk: &dyn Disk, path: &Path) -> Result<Scanned, StoreError> {
+        let file = disk
+            .open(path, Open::Read)
+            .map_err(StoreError::io("open log segment", path))?;
         Segment::scan(path, file, 0)
     }
 
     fn scan(path: &Path, file: File, verified: u64) -> Result<Scanned, StoreError> {
         let len = file
-            .metadata()
-            .map_err(StoreError::io("stat log segment", path))?
-            .len();
+            .size()
+            .map_err(StoreError::io("stat log segment", path))?;
         let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
         let whole = len >= SEGMENT_HEADER_SIZE && file.read_exact_at(&mut h, 0).is_ok();
         if !whole
@@ -214,7 +207,7 @@ impl Segment {
         }
         let mut seg = Segment {
             path: path.to_owned(),
-            file: Arc::new(file),
+            file,
             salt: be64(&h[8..16]),
             first_min: 0,
             first_max: be64(&h[16..24]),
@@ -281,7 +274,7 @@ impl Segment {
     /// proof that what stands there is corruption and not the torn end of the log.
     pub fn later_record_says_flushed(&self, txid: u64) -> Result<bool, StoreError> {
         let io = |e| StoreError::io("read log segment", &self.path)(e);
-        let len = self.file.metadata().map_err(io)?.len();
+        let len = self.file.size().map_err(io)?;
         let (mut offset, mut buf) = (self.tail, vec![0u8; 1 << 20]);
         while offset < len {
             let n = self.file.read_at(&mut buf, offset).map_err(io)?;
@@ -357,7 +350,7 @@ impl Segment {
 }
 
 /// Reads the header of the record at `offset` of a segment's file.
-pub fn read_header(file: &File, salt: u64, offset: u64) -> io::Result<RecordHeader> {
+pub fn read_header(file: &dyn DiskFile, salt: u64, offset: u64) -> io::Result<RecordHeader> {
     let mut b = [0u8; RECORD_HEADER_SIZE];
     file.read_exact_at(&mut b, offset)?;
     RecordHeader::decode(&b, salt)
@@ -375,17 +368,17 @@ impl Segment {
     }
 }
 
-/// Reads an LTX file that is a part of another file; `F` is what keeps that open.
+/// Reads an LTX file that is a part of another file.
 #[derive(Debug)]
-pub struct BodyReader<F = Arc<File>> {
-    file: F,
+pub struct BodyReader {
+    file: File,
     offset: u64,
     left: u64,
 }
 
-impl<F: Deref<Target = File>> BodyReader<F> {
+impl BodyReader {
     /// The `length` bytes from `offset` on.
-    pub fn new(file: F, offset: u64, length: u64) -> Self {
+    pub fn new(file: File, offset: u64, length: u64) -> Self {
         BodyReader {
             file,
             offset,
@@ -409,7 +402,7 @@ impl<F: Deref<Target = File>> BodyReader<F> {
     }
 }
 
-impl<F: Deref<Target = File>> Read for BodyReader<F> {
+impl Read for BodyReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let want = usize::try_from(self.left)
             .unwrap_or(usize::MAX)

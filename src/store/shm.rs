@@ -7,13 +7,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::sqlite::locks::{self, LockKind};
 use crate::sqlite::wal_index::{REGION_SIZE, WalIndex};
 
 use super::database::{Database, FileKind};
+use super::disk::Open;
 use super::error::StoreError;
 
 /// How long to wait for a connection that is just setting the file up.
@@ -86,7 +86,7 @@ impl SharedIndex {
         if self.file.metadata()?.len() < end {
             self.file.set_len(end)?;
         }
-        allocate(&db.path(FileKind::Shm), start as u64)?;
+        db.allocate_index(start as u64)?;
         *db.shm_mapped.lock() = (self.ino, end);
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new shared mapping of an open file; the kernel chooses the address.
@@ -118,22 +118,6 @@ impl SharedIndex {
     }
 }
 
-/// Gives the region at `start` its space on disk, without changing its contents or its size: a
-/// store to a mapped hole ends the process with SIGBUS when the disk is full.
-fn allocate(backing: &Path, start: u64) -> io::Result<()> {
-    let file = File::options().write(true).open(backing)?;
-    let (start, len) = (start as libc::off_t, REGION_SIZE as libc::off_t);
-    // SAFETY: takes a descriptor that lives through the call, and numbers.
-    match unsafe { libc::fallocate(file.as_raw_fd(), libc::FALLOC_FL_KEEP_SIZE, start, len) } {
-        0 => Ok(()),
-        _ => match io::Error::last_os_error() {
-            // A file system that cannot: what it cannot promise, it is not asked for.
-            e if e.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
-            e => Err(e),
-        },
-    }
-}
-
 impl Drop for SharedIndex {
     fn drop(&mut self) {
         self.index = WalIndex::new();
@@ -145,6 +129,13 @@ impl Drop for SharedIndex {
 }
 
 impl Database {
+    /// Gives the region at `start` its space on disk, without changing its contents or its size: a
+    /// store to a mapped hole ends the process with SIGBUS when the disk is full.
+    fn allocate_index(&self, start: u64) -> io::Result<()> {
+        let backing = self.disk().open(&self.path(FileKind::Shm), Open::Write)?;
+        backing.reserve(start, REGION_SIZE as u64)
+    }
+
     /// Opens one of the database's files as an application does, or its backing file if there is
     /// no mount.
     pub(super) fn open_in_mount(&self, kind: FileKind) -> io::Result<File> {

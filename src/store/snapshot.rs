@@ -5,10 +5,7 @@
 //! they changed. Whoever changes a committed page calls `State::preserve` first.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
@@ -16,6 +13,7 @@ use parking_lot::Mutex;
 use crate::ltx::{self, Encoder, Header, Pos};
 
 use super::database::Database;
+use super::disk::{File, Scratch};
 use super::error::StoreError;
 
 /// Pages read for each time that the database is locked.
@@ -28,7 +26,7 @@ pub(super) struct Preserved {
     next: u32,
     pages: u32,
     page_size: u32,
-    dir: PathBuf,
+    scratch: Scratch,
     kept: HashMap<u32, u64>,
     file: Option<File>,
 }
@@ -42,7 +40,7 @@ impl Preserved {
     /// Keeps the page's bytes.
     pub fn keep(&mut self, pgno: u32, page: &[u8]) -> io::Result<()> {
         if self.file.is_none() {
-            self.file = Some(tempfile::tempfile_in(&self.dir)?);
+            self.file = Some(self.scratch.file()?);
         }
         let slot = self.kept.len() as u64;
         if let Some(file) = &self.file {
@@ -90,7 +88,7 @@ impl Database {
                 next: 1,
                 pages: st.page_count,
                 page_size,
-                dir: self.dir.clone(),
+                scratch: self.scratch(),
                 kept: HashMap::new(),
                 file: None,
             }));

@@ -16,14 +16,13 @@
 //! on disk: a recovery from either computes them anew.
 
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use crc_fast::CrcAlgorithm::Crc64GoIso;
 
 use crate::ltx::{self, CHECKSUM_FLAG, Pos};
 
+use super::disk::{Disk, Open};
 use super::error::StoreError;
 
 const MAGIC: &[u8; 8] = b"TNRSUMS1";
@@ -174,13 +173,14 @@ impl SumsHeader {
 }
 
 /// Writes the changes, then the header that makes them count, each flushed before the next.
-pub fn save(path: &Path, changes: &SumsChanges, header: &SumsHeader) -> Result<(), StoreError> {
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(path)
+pub fn save(
+    disk: &dyn Disk,
+    path: &Path,
+    changes: &SumsChanges,
+    header: &SumsHeader,
+) -> Result<(), StoreError> {
+    let file = disk
+        .open(path, Open::Make)
         .map_err(StoreError::io("open page checksums", path))?;
     let write = || -> std::io::Result<()> {
         for (block, bytes) in &changes.blocks {
@@ -199,8 +199,8 @@ pub fn save(path: &Path, changes: &SumsChanges, header: &SumsHeader) -> Result<(
 }
 
 /// Reads the file. `None`: there is none, or none that counts.
-pub fn load(path: &Path) -> Result<Option<(SumsHeader, PageSums)>, StoreError> {
-    let file = match File::open(path) {
+pub fn load(disk: &dyn Disk, path: &Path) -> Result<Option<(SumsHeader, PageSums)>, StoreError> {
+    let file = match disk.open(path, Open::Read) {
         Ok(f) => f,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(StoreError::io("open page checksums", path)(e)),
@@ -218,9 +218,8 @@ pub fn load(path: &Path) -> Result<Option<(SumsHeader, PageSums)>, StoreError> {
         return Ok(None);
     };
     let len = file
-        .metadata()
-        .map_err(StoreError::io("stat page checksums", path))?
-        .len();
+        .size()
+        .map_err(StoreError::io("stat page checksums", path))?;
     if len < ARRAY_START + u64::from(header.pages) * 8 && header.pages > 0 {
         return Err(StoreError::corrupt(path, "shorter than its header says"));
     }

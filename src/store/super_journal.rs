@@ -121,7 +121,7 @@ impl Store {
     fn commit_together(&self, name: &str, parts: &[Arc<Database>]) -> Result<(), StoreError> {
         let pass = self.context.gate.pass();
         let pass = pass.ok_or_else(|| StoreError::NotPrimary(name.to_owned()))?;
-        let mut intent = Intent::create(self.data_dir(), name)?;
+        let mut intent = Intent::create(&self.context.options.disk, self.data_dir(), name)?;
         let mut prepared: Vec<(&Arc<Database>, Captured)> = Vec::new();
         let committed = parts
             .iter()

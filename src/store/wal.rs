@@ -13,7 +13,6 @@
 //!   the database file.
 
 use std::collections::HashMap;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -358,7 +357,7 @@ impl Database {
             wal_mode,
         };
         if self.holds_halt() {
-            let mut ltx = Outgoing::new(&self.dir);
+            let mut ltx = Outgoing::new(self.scratch());
             let captured = self.encode_transaction(st, changed, shape, place, read, &mut ltx)?;
             return Ok(Some(PreparedWal {
                 captured,

@@ -19,10 +19,10 @@ pub(super) struct Bed {
 
 pub(super) fn options(dir: &Path) -> Options {
     Options {
-        data_dir: dir.to_owned(),
         compress: false,
         retention: Duration::from_secs(3600),
         strict_verify: true,
+        ..Options::new(dir)
     }
 }
 

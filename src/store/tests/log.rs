@@ -10,8 +10,18 @@ use std::time::Duration;
 use proptest::prelude::*;
 
 use crate::store::log::Log;
+use crate::store::{Options, StoreError};
 
 /// Segments end by size alone.
+/// The log in this directory, on the real disk.
+pub(super) fn open_log(
+    dir: &Path,
+    segment_age: Duration,
+    verified: u64,
+) -> Result<Log, StoreError> {
+    Log::open(&Options::new(""), dir, segment_age, verified)
+}
+
 pub(super) const LONG: Duration = Duration::from_secs(3600);
 
 /// Bytes that only this record has; the log asks nothing of them but a length.
@@ -68,7 +78,7 @@ pub(super) fn segment_files(dir: &Path) -> Vec<PathBuf> {
 fn a_log_is_empty_then_holds_what_was_appended() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("db/log");
-    let log = Log::open(&path, LONG, 0).unwrap();
+    let log = open_log(&path, LONG, 0).unwrap();
     assert_eq!((log.first_txid(), log.last_txid()), (0, 0));
     assert!(read(&log, 1).is_none() && read(&log, 0).is_none());
     let sizes = [200, 129, 65_537, 1 << 20, (1 << 20) + 7, 3 << 20, 200];
@@ -84,7 +94,7 @@ fn a_log_is_empty_then_holds_what_was_appended() {
     log.flush_wait().unwrap();
     assert_eq!(log.flushed_txid(), sizes.len() as u64);
     drop(log);
-    let log = Log::open(&path, LONG, 0).unwrap();
+    let log = open_log(&path, LONG, 0).unwrap();
     assert_eq!(records(&log), expected);
     assert_eq!(log.flushed_txid(), sizes.len() as u64);
 }
@@ -92,7 +102,7 @@ fn a_log_is_empty_then_holds_what_was_appended() {
 #[test]
 fn the_preallocated_rest_is_zeros_and_is_given_back_at_the_end() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     append(&log, 1, 1, &body(1, 300));
     let file = segment_files(dir.path()).remove(0);
     let bytes = std::fs::read(&file).unwrap();
@@ -104,7 +114,7 @@ fn the_preallocated_rest_is_zeros_and_is_given_back_at_the_end() {
     );
     assert!(bytes[used..].iter().all(|b| *b == 0));
     drop(log);
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     append(&log, 2, 2, &body(2, 300));
     log.close().unwrap();
     assert_eq!(
@@ -115,7 +125,7 @@ fn the_preallocated_rest_is_zeros_and_is_given_back_at_the_end() {
     append(&log, 3, 3, &body(3, 300));
     drop(log);
     assert_eq!(
-        Log::open(dir.path(), LONG, 0).unwrap().last_txid(),
+        open_log(dir.path(), LONG, 0).unwrap().last_txid(),
         3,
         "a log that was closed can go on"
     );
@@ -124,14 +134,14 @@ fn the_preallocated_rest_is_zeros_and_is_given_back_at_the_end() {
 #[test]
 fn segments_end_by_size_and_by_age() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     for txid in 1..=10 {
         append(&log, txid, txid, &body(txid, 1 << 20));
     }
     let n = segment_files(dir.path()).len();
     assert!((2..=3).contains(&n), "{n} segments for 10 MiB");
     drop(log);
-    let log = Log::open(dir.path(), Duration::ZERO, 0).unwrap();
+    let log = open_log(dir.path(), Duration::ZERO, 0).unwrap();
     append(&log, 11, 11, &body(11, 200));
     append(&log, 12, 12, &body(12, 200));
     assert_eq!(segment_files(dir.path()).len(), n + 2);
@@ -141,7 +151,7 @@ fn segments_end_by_size_and_by_age() {
 #[test]
 fn pruning_keeps_what_is_needed_and_the_newest() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), Duration::ZERO, 0).unwrap();
+    let log = open_log(dir.path(), Duration::ZERO, 0).unwrap();
     for txid in 1..=6 {
         append(&log, txid, txid, &body(txid, 200));
     }
@@ -158,7 +168,7 @@ fn pruning_keeps_what_is_needed_and_the_newest() {
     );
     assert_eq!(records(&log), vec![(6, 6, body(6, 200))]);
     drop(log);
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     assert_eq!(records(&log), vec![(6, 6, body(6, 200))]);
     append(&log, 7, 7, &body(7, 200));
     assert_eq!(records(&log).len(), 2);
@@ -167,7 +177,7 @@ fn pruning_keeps_what_is_needed_and_the_newest() {
 #[test]
 fn a_record_that_is_read_outlives_its_removal() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), Duration::ZERO, 0).unwrap();
+    let log = open_log(dir.path(), Duration::ZERO, 0).unwrap();
     append(&log, 1, 1, &body(1, 5000));
     append(&log, 2, 2, &body(2, 200));
     let mut record = log.read(1).unwrap().unwrap();
@@ -182,7 +192,7 @@ fn a_record_that_is_read_outlives_its_removal() {
 fn a_snapshot_replaces_the_log_whatever_its_txid() {
     for max in [1, 2, 4, 5, 6, 50] {
         let dir = tempfile::tempdir().unwrap();
-        let log = Log::open(dir.path(), Duration::ZERO, 0).unwrap();
+        let log = open_log(dir.path(), Duration::ZERO, 0).unwrap();
         for txid in 1..=5 {
             append(&log, txid, txid, &body(txid, 200));
         }
@@ -191,7 +201,7 @@ fn a_snapshot_replaces_the_log_whatever_its_txid() {
         assert_eq!(segment_files(dir.path()).len(), 1, "snapshot to {max}");
         append(&log, max + 1, max + 1, &body(100, 200));
         drop(log);
-        let log = Log::open(dir.path(), LONG, 0).unwrap();
+        let log = open_log(dir.path(), LONG, 0).unwrap();
         let expected = vec![
             (1, max, body(99, 70_000)),
             (max + 1, max + 1, body(100, 200)),
@@ -210,7 +220,7 @@ fn an_append_given_up_leaves_no_trace() {
     ] {
         for (min, max) in [(3, 3), (1, 2), (1, 9)] {
             let dir = tempfile::tempdir().unwrap();
-            let log = Log::open(dir.path(), segment_age, 0).unwrap();
+            let log = open_log(dir.path(), segment_age, 0).unwrap();
             append(&log, 1, 1, &body(1, 200));
             append(&log, 2, 2, &body(2, 200));
             let mut a = log.begin(min, max).unwrap();
@@ -222,7 +232,7 @@ fn an_append_given_up_leaves_no_trace() {
             let mut expected: Vec<_> = (1..=2).map(|t| (t, t, body(t, 200))).collect();
             assert_eq!(records(&log), expected);
             drop(log);
-            let log = Log::open(dir.path(), segment_age, 0).unwrap();
+            let log = open_log(dir.path(), segment_age, 0).unwrap();
             assert_eq!(records(&log), expected, "given up: {min}-{max}");
             drop(log.begin(min, max).unwrap());
             append(&log, 3, 3, &body(3, 200));
@@ -230,7 +240,7 @@ fn an_append_given_up_leaves_no_trace() {
             expected.extend((3..=4).map(|t| (t, t, body(t, 200))));
             assert_eq!(records(&log), expected, "given up: {min}-{max}");
             drop(log);
-            let log = Log::open(dir.path(), segment_age, 0).unwrap();
+            let log = open_log(dir.path(), segment_age, 0).unwrap();
             assert_eq!(records(&log), expected, "given up: {min}-{max}");
         }
     }
@@ -239,20 +249,20 @@ fn an_append_given_up_leaves_no_trace() {
 #[test]
 fn the_first_append_given_up_leaves_an_empty_log() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     drop(log.begin(1, 7).unwrap());
     assert_eq!(log.last_txid(), 0);
     append(&log, 4, 4, &body(4, 200));
     assert_eq!(records(&log), vec![(4, 4, body(4, 200))]);
     drop(log);
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     assert_eq!(records(&log), vec![(4, 4, body(4, 200))]);
 }
 
 #[test]
 fn everybody_who_waits_for_a_flush_is_told_once_and_in_time() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Arc::new(Log::open(dir.path(), LONG, 0).unwrap());
+    let log = Arc::new(open_log(dir.path(), LONG, 0).unwrap());
     let heard = Arc::new(AtomicU64::new(0));
     let hook = heard.clone();
     log.set_on_flushed(move |txid| {
@@ -342,7 +352,7 @@ fn device(path: &str) -> std::fs::File {
 #[test]
 fn after_a_failed_flush_nothing_is_called_durable() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     append(&log, 1, 1, &body(1, 200));
     log.flush_wait().unwrap();
     append(&log, 2, 2, &body(2, 200));
@@ -366,7 +376,7 @@ fn after_a_failed_flush_nothing_is_called_durable() {
 fn a_full_disk_refuses_the_record_and_nothing_else() {
     for (min, max) in [(3, 3), (1, 9)] {
         let dir = tempfile::tempdir().unwrap();
-        let log = Log::open(dir.path(), LONG, 0).unwrap();
+        let log = open_log(dir.path(), LONG, 0).unwrap();
         append(&log, 1, 1, &body(1, 200));
         append(&log, 2, 2, &body(2, 200));
         let mut a = log.begin(min, max).unwrap();
@@ -381,7 +391,7 @@ fn a_full_disk_refuses_the_record_and_nothing_else() {
         drop(a);
         assert_eq!(log.last_txid(), 2);
         drop(log);
-        let log = Log::open(dir.path(), LONG, 0).unwrap();
+        let log = open_log(dir.path(), LONG, 0).unwrap();
         append(&log, 3, 3, &body(3, 200));
         let expected: Vec<_> = (1..=3).map(|t| (t, t, body(t, 200))).collect();
         assert_eq!(records(&log), expected);
@@ -423,7 +433,7 @@ proptest! {
     fn the_log_is_a_list(steps in prop::collection::vec(step(), 1..24)) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("log");
-        let mut log = Log::open(&path, LONG, 0).unwrap();
+        let mut log = open_log(&path, LONG, 0).unwrap();
         let mut model: Vec<(u64, u64, Vec<u8>)> = Vec::new();
         for (i, step) in steps.into_iter().enumerate() {
             let last = model.last().map_or(0, |r| r.1);
@@ -463,7 +473,7 @@ proptest! {
                 Step::Reopen(young) => {
                     drop(log);
                     let age = if young { Duration::ZERO } else { LONG };
-                    log = Log::open(&path, age, 0).unwrap();
+                    log = open_log(&path, age, 0).unwrap();
                 }
             }
             prop_assert_eq!(log.last_txid(), model.last().map_or(0, |r| r.1));
@@ -471,6 +481,6 @@ proptest! {
             prop_assert!(log.flushed_txid() <= log.last_txid());
         }
         drop(log);
-        prop_assert_eq!(&records(&Log::open(&path, LONG, 0).unwrap()), &model);
+        prop_assert_eq!(&records(&open_log(&path, LONG, 0).unwrap()), &model);
     }
 }

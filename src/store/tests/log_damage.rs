@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::log::{LONG, append, body, records, segment_files};
+use super::log::{LONG, append, body, open_log, records, segment_files};
 use crate::store::error::StoreError;
 use crate::store::log::{Log, REPLACEMENT};
 use crate::store::segment::SEGMENT_HEADER_SIZE;
@@ -27,7 +27,7 @@ fn open(files: &Files) -> (tempfile::TempDir, Result<Log, StoreError>) {
     for (name, bytes) in files {
         std::fs::write(dir.path().join(name), bytes).unwrap();
     }
-    let log = Log::open(dir.path(), LONG, 0);
+    let log = open_log(dir.path(), LONG, 0);
     (dir, log)
 }
 
@@ -46,7 +46,7 @@ fn check_prefix(log: Log, dir: &Path, at_least: u64, what: &str) -> u64 {
     all.push((last + 1, last + 1, body(55, 200)));
     append(&log, last + 1, last + 1, &body(55, 200));
     drop(log);
-    let log = Log::open(dir, LONG, 0).unwrap_or_else(|e| panic!("{what}: {e}"));
+    let log = open_log(dir, LONG, 0).unwrap_or_else(|e| panic!("{what}: {e}"));
     assert_eq!(records(&log), all, "{what}, after the next append");
     last
 }
@@ -54,7 +54,7 @@ fn check_prefix(log: Log, dir: &Path, at_least: u64, what: &str) -> u64 {
 /// One segment: records 1 to 3 on disk, 4 and 5 not known to be.
 fn one_segment() -> Files {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     for txid in 1..=5 {
         append(&log, txid, txid, &body(txid, 200));
         if txid == 3 {
@@ -139,7 +139,7 @@ fn damage_before_flushed_records_is_an_error_and_removes_nothing() {
 /// Segments of one record each: 1 to 3 on disk, 4 and 5 not known to be.
 fn five_segments() -> Files {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), Duration::ZERO, 0).unwrap();
+    let log = open_log(dir.path(), Duration::ZERO, 0).unwrap();
     for txid in 1..=5 {
         append(&log, txid, txid, &body(txid, 200));
         if txid == 3 {
@@ -207,12 +207,12 @@ fn an_empty_or_headerless_segment_counts_as_torn_only_at_the_end() {
 #[test]
 fn a_torn_end_before_a_lost_segment_is_never_read_again() {
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     for txid in 1..=4 {
         append(&log, txid, txid, &body(txid, 200));
     }
     drop(log);
-    let log = Log::open(dir.path(), Duration::ZERO, 0).unwrap();
+    let log = open_log(dir.path(), Duration::ZERO, 0).unwrap();
     append(&log, 5, 5, &body(5, 200));
     drop(log);
     let mut files = load(dir.path());
@@ -245,7 +245,7 @@ fn other_files_are_no_segments() {
 fn a_snapshot_interrupted_anywhere_replaces_the_log_or_does_not() {
     let old = five_segments();
     let dir = tempfile::tempdir().unwrap();
-    let log = Log::open(dir.path(), LONG, 0).unwrap();
+    let log = open_log(dir.path(), LONG, 0).unwrap();
     append(&log, 1, 3, &body(33, 500));
     drop(log);
     let mut snapshot = load(dir.path()).remove(0).1;
@@ -266,7 +266,7 @@ fn a_snapshot_interrupted_anywhere_replaces_the_log_or_does_not() {
             let expected = if cut < used { expected(5) } else { replaced };
             assert_eq!(records(&log), expected, "{what}");
             drop(log);
-            let log = Log::open(dir.path(), LONG, 0).unwrap();
+            let log = open_log(dir.path(), LONG, 0).unwrap();
             assert_eq!(records(&log), expected, "{what}, opened again");
             assert!(!dir.path().join(REPLACEMENT).exists(), "{what}");
         }
@@ -280,6 +280,6 @@ fn records_that_need_no_check_are_taken_by_their_headers() {
     files[0].1[SEGMENT_HEADER_SIZE as usize + 48 + 10] ^= 1;
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join(&files[0].0), &files[0].1).unwrap();
-    assert_eq!(Log::open(dir.path(), LONG, 3).unwrap().last_txid(), 5);
-    assert!(Log::open(dir.path(), LONG, 0).is_err());
+    assert_eq!(open_log(dir.path(), LONG, 3).unwrap().last_txid(), 5);
+    assert!(open_log(dir.path(), LONG, 0).is_err());
 }

@@ -12,6 +12,7 @@ use rusqlite::config::DbConfig;
 use super::bed::{Bed, integrity, options, set_mode};
 use super::log::segment_files;
 use crate::ltx::Pos;
+use crate::store::disk::Real;
 use crate::store::segment::Segment;
 use crate::store::{FileKind, Role, Store, StoreError, sums};
 
@@ -41,7 +42,7 @@ fn in_db(dir: &Path, file: &str) -> std::path::PathBuf {
 }
 
 fn saved(dir: &Path) -> Pos {
-    let loaded = sums::load(&in_db(dir, "checksums")).unwrap();
+    let loaded = sums::load(&Real, &in_db(dir, "checksums")).unwrap();
     loaded.map_or(Pos::default(), |(h, _)| h.pos)
 }
 
@@ -335,7 +336,7 @@ fn the_file_never_holds_more_than_the_flushed_log() {
             let flushed = bed.db(DB).log().flushed_txid();
             let dir = bed.remains();
             let last = segment_files(&in_db(dir.path(), "log")).pop().unwrap();
-            let segment = Segment::open(&last, 0).unwrap().segment.unwrap();
+            let segment = Segment::open(&Real, &last, 0).unwrap().segment.unwrap();
             if let Some(end) = segment.offset_of(flushed + 1) {
                 segment.file.set_len(end).unwrap();
             }

@@ -6,6 +6,7 @@ use std::path::Path;
 use proptest::prelude::*;
 
 use crate::ltx::{CHECKSUM_FLAG, Pos};
+use crate::store::disk::Real;
 use crate::store::sums::{self, PageSums, SumsHeader};
 
 fn total(model: &[u64]) -> u64 {
@@ -26,7 +27,7 @@ fn header(sequence: u64, of: &PageSums) -> SumsHeader {
 
 fn save(path: &Path, sequence: u64, of: &mut PageSums) {
     let header = header(sequence, of);
-    sums::save(path, &of.take_changes(), &header).unwrap();
+    sums::save(&Real, path, &of.take_changes(), &header).unwrap();
 }
 
 fn entries(of: &PageSums) -> Vec<u64> {
@@ -91,7 +92,7 @@ proptest! {
                 Step::Reload => {
                     sequence += 1;
                     save(&path, sequence, &mut sums);
-                    let (found, loaded) = sums::load(&path).unwrap().unwrap();
+                    let (found, loaded) = sums::load(&Real, &path).unwrap().unwrap();
                     prop_assert_eq!(found, header(sequence, &sums));
                     prop_assert_eq!(entries(&loaded), model.clone());
                     prop_assert_eq!(loaded.recomputed(), loaded.checksum());
@@ -139,12 +140,15 @@ fn there_is_no_page_0_and_none_beyond_the_end() {
 fn the_header_goes_to_two_places_in_turn_and_a_torn_one_does_not_count() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("checksums");
-    assert!(sums::load(&path).unwrap().is_none(), "no file");
+    assert!(sums::load(&Real, &path).unwrap().is_none(), "no file");
     let mut sums = PageSums::default();
     for sequence in 1..=4 {
         sums.set(sequence as u32, sequence * 11);
         save(&path, sequence, &mut sums);
-        assert_eq!(sums::load(&path).unwrap().unwrap().0.sequence, sequence);
+        assert_eq!(
+            sums::load(&Real, &path).unwrap().unwrap().0.sequence,
+            sequence
+        );
     }
     let whole = std::fs::read(&path).unwrap();
     let slot = |sequence: u64| (sequence % 2 * 512) as usize;
@@ -152,7 +156,7 @@ fn the_header_goes_to_two_places_in_turn_and_a_torn_one_does_not_count() {
         let file = std::fs::File::options().write(true).open(&path).unwrap();
         file.write_all_at(&[whole[slot(4) + at] ^ 1], (slot(4) + at) as u64)
             .unwrap();
-        let (found, loaded) = sums::load(&path).unwrap().unwrap();
+        let (found, loaded) = sums::load(&Real, &path).unwrap().unwrap();
         assert_eq!(
             (found.sequence, loaded.len()),
             (3, 3),
@@ -165,7 +169,10 @@ fn the_header_goes_to_two_places_in_turn_and_a_torn_one_does_not_count() {
     torn[slot(3)] ^= 1;
     torn[slot(4)] ^= 1;
     std::fs::write(&path, torn).unwrap();
-    assert!(sums::load(&path).unwrap().is_none(), "neither counts");
+    assert!(
+        sums::load(&Real, &path).unwrap().is_none(),
+        "neither counts"
+    );
 }
 
 #[test]
@@ -178,7 +185,7 @@ fn a_file_that_is_cut_off_never_loads_as_something_else() {
     let whole = std::fs::read(&path).unwrap();
     for len in [0, 1, 511, 512, 559, 560, 4096, 4100, whole.len() - 1] {
         std::fs::write(&path, &whole[..len]).unwrap();
-        match sums::load(&path) {
+        match sums::load(&Real, &path) {
             Ok(None) => assert!(len < 560, "the header is whole at {len}"),
             Err(e) => assert!(e.to_string().contains("shorter"), "{e}"),
             Ok(Some(_)) => panic!("loaded from {len} bytes of {}", whole.len()),
@@ -191,6 +198,6 @@ fn a_file_that_is_cut_off_never_loads_as_something_else() {
         ..header(9, &sums)
     };
     std::fs::write(&path, &whole).unwrap();
-    sums::save(&path, &PageSums::default().take_changes(), &claim).unwrap();
-    assert!(sums::load(&path).is_err());
+    sums::save(&Real, &path, &PageSums::default().take_changes(), &claim).unwrap();
+    assert!(sums::load(&Real, &path).is_err());
 }
