@@ -1,6 +1,7 @@
 //! Tenure: a replicated file system for SQLite. See the README for what it does, and
 //! [`store`] for how.
 
+pub mod access;
 pub mod backup;
 pub mod cli;
 pub mod config;

@@ -21,11 +21,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use crate::access::{AccessError, Keeper, Keys};
 use crate::backup::file::FileBackup;
 use crate::backup::{self, BackupClient, BackupError};
-use crate::config::{Config, LeaseKind};
+use crate::config::{Config, LeaseKind, http_host};
 use crate::fuse::{Mount, MountError, MountOptions, Observers, PrimaryName};
 use crate::http::api::Api;
+use crate::http::door;
 use crate::http::server::{Server, ServerError};
 use crate::peer::{HttpPeers, PeerError, Peers};
 use crate::proxy::{self, Proxy};
@@ -51,6 +53,9 @@ pub struct Options {
 /// Why a node did not start, or ended.
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {
+    /// A certificate, a key or a token.
+    #[error(transparent)]
+    Access(#[from] AccessError),
     /// The data directory.
     #[error(transparent)]
     Store(#[from] StoreError),
@@ -173,6 +178,7 @@ struct Node {
     http: JoinHandle<()>,
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
+    keeper: JoinHandle<()>,
     backup: Option<JoinHandle<()>>,
     status: watch::Receiver<Status>,
     operations: Option<OperationLog>,
@@ -180,10 +186,22 @@ struct Node {
 
 impl Node {
     async fn start(config: &Config, options: Options) -> Result<Node, NodeError> {
+        let http = config.http.clone();
+        let keeper = blocking(move || Keeper::new(&http)).await??;
         let leaser = backend::leaser(config)?;
         let peers: Arc<dyn Peers> = Arc::new(HttpPeers::new().map_err(NodeError::Peers)?);
         let server = Server::bind(&config.http.addr).await?;
         let addr = server.local_addr();
+        if let Some(warning) = door::exposure(addr, &keeper.current()) {
+            tracing::warn!("{warning}");
+        }
+        if config.http.tls.is_some() && config.proxy.forwards() {
+            tracing::warn!(
+                "proxy.forward: clients' requests go to the primary's proxy without TLS"
+            );
+        }
+        let host = own_host(config);
+        complain_of_keys(&keeper.current().borrow(), host.as_deref());
         let proxy = Proxy::bind(&config.proxy).await?;
         let store_options = store_options(config);
         let store = blocking(move || Store::open(store_options)).await??;
@@ -227,6 +245,7 @@ impl Node {
             snapshot_timeout: config.http.snapshot_timeout,
             halt_ttl: HALT_TTL,
             fuse_requests: Box::new(mount.requests()),
+            keys: keeper.current(),
             shutdown: stop.clone(),
         });
         let parts = Parts {
@@ -254,6 +273,8 @@ impl Node {
         // A replica without a primary serves reads, and says so.
         let _ = timeout(ROLE_WAIT, known).await;
         let http = tokio::spawn(server.serve(api));
+        let renewed = move |keys: &Keys| complain_of_keys(keys, host.as_deref());
+        let keeper = tokio::spawn(keeper.run(stop.clone(), renewed));
         let proxy = proxy.map(|proxy| {
             proxy.serve(proxy::Node {
                 store: store.clone(),
@@ -274,6 +295,7 @@ impl Node {
             http,
             proxy,
             retention,
+            keeper,
             backup,
             status,
             operations,
@@ -293,6 +315,7 @@ impl Node {
         for (name, handle) in [
             ("the HTTP server", self.http),
             ("the retention monitor", self.retention),
+            ("the reader of certificates and tokens", self.keeper),
         ] {
             if timeout(STOP_TIMEOUT, handle).await.is_err() {
                 tracing::warn!("{name} did not stop in time");
@@ -320,6 +343,20 @@ impl Node {
         {
             tracing::warn!("the operation log (tracing) lacks the last operations");
         }
+    }
+}
+
+/// The host by which other nodes know this one, if the configuration says it.
+fn own_host(config: &Config) -> Option<String> {
+    let own = config.advertises_itself();
+    let host = http_host(&config.lease.advertise_url).filter(|_| own)?;
+    Some(host.to_owned())
+}
+
+/// Says what others will not accept, or is not as it should be.
+fn complain_of_keys(keys: &Keys, host: Option<&str>) {
+    for warning in keys.flaws(host).iter().chain(&keys.warnings()) {
+        tracing::warn!("{warning}");
     }
 }
 

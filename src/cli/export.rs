@@ -7,14 +7,13 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use super::client::{self, ClientError, DEFAULT_URL, NodeClient, cause, checked};
+use super::client::{self, ClientError, NodeClient, Target, cause, checked};
 
 /// What `tenure export` takes.
 #[derive(Debug, clap::Args)]
 pub(super) struct ExportArgs {
-    /// The node's HTTP address.
-    #[arg(long, default_value = DEFAULT_URL)]
-    pub url: String,
+    #[command(flatten)]
+    pub node: Target,
     /// The database.
     #[arg(long, value_name = "DB")]
     pub name: String,
@@ -29,7 +28,7 @@ pub(super) fn run(args: ExportArgs) -> ExitCode {
 }
 
 async fn export(args: ExportArgs) -> Result<(), ClientError> {
-    let node = NodeClient::new(&args.url)?;
+    let node = NodeClient::new(&args.node)?;
     let dir = match args.path.parent() {
         Some(dir) if !dir.as_os_str().is_empty() => dir,
         _ => Path::new("."),

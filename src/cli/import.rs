@@ -8,7 +8,7 @@ use futures_util::stream;
 use reqwest::{Body, header};
 use tokio::io::AsyncReadExt;
 
-use super::client::{self, ClientError, DEFAULT_URL, NodeClient, cause, checked};
+use super::client::{self, ClientError, NodeClient, Target, cause, checked};
 
 /// Bytes sent at once.
 const PIECE: usize = 256 << 10;
@@ -16,9 +16,9 @@ const PIECE: usize = 256 << 10;
 /// What `tenure import` takes.
 #[derive(Debug, clap::Args)]
 pub(super) struct ImportArgs {
-    /// The primary's HTTP address.
-    #[arg(long, default_value = DEFAULT_URL)]
-    pub url: String,
+    /// The primary.
+    #[command(flatten)]
+    pub node: Target,
     /// The database; one that is there is replaced.
     #[arg(long, value_name = "DB")]
     pub name: String,
@@ -33,7 +33,7 @@ pub(super) fn run(args: ImportArgs) -> ExitCode {
 }
 
 async fn import(args: ImportArgs) -> Result<(), ClientError> {
-    let node = NodeClient::new(&args.url)?;
+    let node = NodeClient::new(&args.node)?;
     let shown = args.path.display().to_string();
     let failed = |e| ClientError::File("cannot read", shown.clone(), e);
     let file = tokio::fs::File::open(&args.path).await.map_err(failed)?;

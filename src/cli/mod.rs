@@ -160,13 +160,14 @@ mod tests {
             let Ok(Command::Export(args)) = parse(line) else {
                 panic!("{line}");
             };
-            assert_eq!((&*args.url, &*args.name), ("http://h:1", "my.db"));
+            assert_eq!(args.node.url.as_deref(), Some("http://h:1"));
+            assert_eq!(args.name, "my.db");
             assert_eq!(args.path, Path::new("/tmp/x"));
         }
         let Ok(Command::Import(args)) = parse("tenure import -name my.db /tmp/x") else {
             panic!("import");
         };
-        assert_eq!(args.url, "http://localhost:20202");
+        assert_eq!(args.node.url, None);
     }
 
     #[test]
@@ -187,7 +188,6 @@ mod tests {
             ("tenure import -name x", 2),
             ("tenure nonsense", 1),
             ("tenure run -promote", 2),
-            ("tenure run -url nonsense -- true", 2),
             ("tenure -nonsense", 2),
             ("tenure help", 0),
             ("tenure help mount", 0),

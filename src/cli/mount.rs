@@ -59,10 +59,6 @@ pub(super) fn run(args: MountArgs) -> ExitCode {
     if args.check {
         return check(&config);
     }
-    if let Some(problem) = config.unsupported() {
-        report(&problem);
-        return ExitCode::from(2);
-    }
     let verbosity = Verbosity {
         trace: args.tracing,
         fuse: config.fuse.debug,
@@ -125,8 +121,7 @@ fn check(config: &Config) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let mut problems: Vec<String> = config.unsupported().into_iter().collect();
-    problems.extend(runtime.block_on(node::check::problems(config)));
+    let problems = runtime.block_on(node::check::problems(config));
     // A look-up of a name, or a look at a directory, that hangs is not waited for.
     runtime.shutdown_background();
     for problem in &problems {
@@ -190,7 +185,11 @@ mod tests {
     #[test]
     fn a_configuration_that_cannot_be_used_is_exit_code_2() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        for text in ["fuse: {dri: x}", "lease: {advertise-url: 'https://p:1'}"] {
+        for text in [
+            "fuse: {dri: x}",
+            "lease: {advertise-url: 'https://p:1'}",
+            "http: {tls: {}}",
+        ] {
             std::fs::write(file.path(), text).unwrap();
             let code = run(MountArgs {
                 config: Some(file.path().into()),

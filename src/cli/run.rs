@@ -12,13 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use reqwest::{Client, Url};
-use serde::Deserialize;
-
+use super::client::{ClientError, NodeClient, Target, checked};
 use super::report;
-
-/// How long the node may take to say what it is.
-const INFO_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the node may take to become primary: the handoff, and what the replica lacks before it.
 const PROMOTE_TIMEOUT: Duration = Duration::from_secs(45);
@@ -26,9 +21,8 @@ const PROMOTE_TIMEOUT: Duration = Duration::from_secs(45);
 /// What `tenure run` takes.
 #[derive(Debug, clap::Args)]
 pub(super) struct RunArgs {
-    /// The node's HTTP API.
-    #[arg(long, default_value = "http://localhost:20202")]
-    pub url: Url,
+    #[command(flatten)]
+    pub node: Target,
     /// Have the node made primary first; the command starts when it can write.
     #[arg(long)]
     pub promote: bool,
@@ -142,53 +136,30 @@ fn prepare(args: &RunArgs) -> Result<bool, String> {
             let _ = writeln!(std::io::stderr(), "tenure: {text}");
         }
     };
-    runtime.block_on(async {
-        let client = Client::builder()
-            .no_proxy()
-            .build()
-            .map_err(|e| format!("cannot set up the network: {e}"))?;
-        if args.if_candidate && !is_candidate(&client, &args.url).await? {
-            say("the node is no candidate: the command is not run");
-            return Ok(false);
-        }
-        if args.promote {
-            promote(&client, &args.url).await?;
-            say("the node is primary");
-        }
-        Ok(true)
-    })
+    runtime
+        .block_on(async {
+            let node = NodeClient::new(&args.node)?;
+            if args.if_candidate && !node.is_candidate().await? {
+                say("the node is no candidate: the command is not run");
+                return Ok(false);
+            }
+            if args.promote {
+                promote(&node).await?;
+                say("the node is primary");
+            }
+            Ok(true)
+        })
+        .map_err(|e: ClientError| e.to_string())
 }
 
-#[derive(Deserialize)]
-struct Info {
-    candidate: bool,
-}
-
-async fn is_candidate(client: &Client, node: &Url) -> Result<bool, String> {
-    let ask = async {
-        let mut url = node.clone();
-        url.set_path("/info");
-        let answer = client.get(url).timeout(INFO_TIMEOUT).send().await?;
-        answer.error_for_status()?.json::<Info>().await
-    };
-    let info = ask
-        .await
-        .map_err(|e| format!("cannot ask the node at {node} what it is: {e}"))?;
-    Ok(info.candidate)
-}
-
-async fn promote(client: &Client, node: &Url) -> Result<(), String> {
-    let mut url = node.clone();
-    url.set_path("/promote");
-    let answer = client.post(url).timeout(PROMOTE_TIMEOUT).send().await;
-    let answer = answer.map_err(|e| format!("cannot reach the node at {node}: {e}"))?;
-    let status = answer.status();
-    if status.is_success() {
-        return Ok(());
+async fn promote(node: &NodeClient) -> Result<(), ClientError> {
+    let request = node.http().post(node.path("promote"));
+    let answer = request.timeout(PROMOTE_TIMEOUT).send().await;
+    let answer = answer.map_err(|e| node.unreachable(e))?;
+    match checked(answer).await {
+        Err(ClientError::Refused(why)) => Err(ClientError::Refused(format!(
+            "the node does not become primary: {why}"
+        ))),
+        done => done.map(drop),
     }
-    let text = answer.text().await.unwrap_or_default();
-    Err(format!(
-        "the node at {node} does not become primary ({status}): {}",
-        text.trim()
-    ))
 }

@@ -3,8 +3,7 @@
 //! The way of a file: [`expand`] puts environment variables into the text, [`yaml`] makes a tree
 //! of it that knows its lines, `read` lays the tree over the defaults and refuses what it does not
 //! know, `validate` checks what keys say together and fills in the defaults that depend on others.
-//! A [`Config`] that comes out can be used without further checks; what it asks for may still not
-//! be built yet, which [`Config::unsupported`] says.
+//! A [`Config`] that comes out can be used without further checks.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -19,11 +18,11 @@ mod validate;
 mod yaml;
 
 pub use model::{
-    BackupConfig, Config, ConsulConfig, DataConfig, EtcdConfig, ExecConfig, FuseConfig, HttpConfig,
-    LeaseConfig, LeaseKind, LogConfig, LogFormat, ProxyConfig, ProxyForward, Secret, TlsConfig,
-    TracingConfig,
+    BackupConfig, ClientAuth, Config, ConsulConfig, DataConfig, EtcdConfig, ExecConfig, FuseConfig,
+    HttpAuth, HttpConfig, HttpTls, LeaseConfig, LeaseKind, LogConfig, LogFormat, ProxyConfig,
+    ProxyForward, Right, Secret, TlsConfig, TokenConfig, TokenSource, TracingConfig,
 };
-pub use validate::split_addr;
+pub use validate::{http_host, split_addr};
 
 use section::{Section, Source};
 
@@ -131,12 +130,9 @@ impl Config {
         Ok(config)
     }
 
-    /// What of this configuration this version of Tenure cannot do yet, if anything: a node must
-    /// not start with it, for it would silently be less than was asked for.
-    pub fn unsupported(&self) -> Option<String> {
-        let https = self.lease.advertise_url.starts_with("https:");
-        let what = "TLS (https in lease.advertise-url) is not available in this version of Tenure";
-        https.then(|| what.to_owned())
+    /// Whether `lease.advertise-url` is this node's own: on a static replica it is the primary's.
+    pub fn advertises_itself(&self) -> bool {
+        self.lease.kind != LeaseKind::Static || self.lease.candidate
     }
 
     /// The file of the rolling trace log, if one is to be written.

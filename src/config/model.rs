@@ -82,6 +82,86 @@ pub struct HttpConfig {
     pub addr: String,
     /// How long sending one snapshot may take. Default: `data.retention`.
     pub snapshot_timeout: Duration,
+    /// TLS, on this port and in this node's own calls; without it neither has any. LiteFS does not
+    /// have it.
+    pub tls: Option<HttpTls>,
+    /// Tokens; without them nobody is asked for one. LiteFS does not have it.
+    pub auth: Option<HttpAuth>,
+}
+
+/// `http.tls`: PEM files. They are read again when they change.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HttpTls {
+    /// This node's certificate, with those between it and its authority: for those who connect, and
+    /// for those to whom it connects.
+    pub cert: PathBuf,
+    /// The certificate's key.
+    pub key: PathBuf,
+    /// The authorities that sign the other nodes' certificates. Default: the system's.
+    pub ca: Option<PathBuf>,
+    /// What a client has to show. Default: required if there is a `ca`.
+    pub client_auth: ClientAuth,
+}
+
+/// `http.tls.client-auth`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientAuth {
+    /// No certificate.
+    None,
+    /// A certificate that `ca` has signed.
+    Required,
+}
+
+/// `http.auth`: tokens.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct HttpAuth {
+    /// The name of the token that this node shows to the others.
+    pub send: Option<String>,
+    /// The tokens that are accepted here; one at least, no name twice.
+    pub tokens: Vec<TokenConfig>,
+}
+
+/// An entry of `http.auth.tokens`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenConfig {
+    /// What the log calls whoever shows it.
+    pub name: String,
+    /// Where it is.
+    pub source: TokenSource,
+    /// What it allows; one at least.
+    pub rights: Vec<Right>,
+}
+
+/// Where a token is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenSource {
+    /// In a file, a token a line: each is accepted, and the first is the one that is sent. It is read
+    /// again when it changes.
+    File(PathBuf),
+    /// In this environment variable.
+    Env(String),
+}
+
+/// What a token allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Right {
+    /// To look: export, info, events, metrics, debug.
+    Read,
+    /// To follow as a replica.
+    Replicate,
+    /// Everything.
+    Admin,
+}
+
+impl Right {
+    /// The name, as the configuration has it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Replicate => "replicate",
+            Self::Admin => "admin",
+        }
+    }
 }
 
 /// How a replica's proxy passes a write on to the primary.
@@ -124,6 +204,13 @@ pub struct ProxyConfig {
     pub idle_timeout: Duration,
     /// Whether each request is logged. Default false.
     pub debug: bool,
+}
+
+impl ProxyConfig {
+    /// Whether there is a proxy that sends writes on to another node's.
+    pub fn forwards(&self) -> bool {
+        self.target.is_some() && self.forward == ProxyForward::Proxy
+    }
 }
 
 /// Which service decides who is primary.
@@ -292,6 +379,8 @@ impl Default for Config {
             http: HttpConfig {
                 addr: ":20202".into(),
                 snapshot_timeout: Duration::ZERO,
+                tls: None,
+                auth: None,
             },
             proxy: ProxyConfig::default(),
             lease: LeaseConfig::default(),

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::ConfigError;
 use super::model::{
-    BackupConfig, Config, ConsulConfig, EtcdConfig, ExecConfig, LeaseConfig, ProxyConfig, Secret,
-    TlsConfig,
+    BackupConfig, ClientAuth, Config, ConsulConfig, EtcdConfig, ExecConfig, HttpAuth, HttpTls,
+    LeaseConfig, ProxyConfig, Secret, TlsConfig, TokenConfig, TokenSource,
 };
 use super::section::{FromNode, Section};
 use super::yaml::{Node, Value};
@@ -45,6 +45,8 @@ pub fn config(mut root: Section) -> Result<Config> {
     if let Some(mut s) = root.section("http")? {
         s.set("addr", &mut c.http.addr)?;
         s.set("snapshot-timeout", &mut c.http.snapshot_timeout)?;
+        c.http.tls = s.section("tls")?.map(http_tls).transpose()?;
+        c.http.auth = s.section("auth")?.map(http_auth).transpose()?;
         s.finish()?;
     }
     if let Some(s) = root.section("proxy")? {
@@ -98,6 +100,90 @@ fn exec(root: &Section, node: &Node) -> Result<Vec<ExecConfig>> {
         command(cmd, if_candidate)
     };
     items.iter().enumerate().map(entry).collect()
+}
+
+fn http_tls(mut s: Section) -> Result<HttpTls> {
+    let (mut cert, mut key, mut ca, mut client_auth) = (None, None, None, None);
+    s.set("cert", &mut cert)?;
+    s.set("key", &mut key)?;
+    s.set("ca", &mut ca)?;
+    s.set("client-auth", &mut client_auth)?;
+    let Some(cert) = cert else {
+        return Err(s.invalid("cert", "is missing: the file of this node's certificate"));
+    };
+    let Some(key) = key else {
+        return Err(s.invalid("key", "is missing: the file of the certificate's key"));
+    };
+    let client_auth = match (client_auth, &ca) {
+        (Some(ClientAuth::Required), None) => {
+            let problem = "required needs http.tls.ca: an authority of your own, which signs the \
+                           clients' certificates";
+            return Err(s.invalid("client-auth", problem));
+        }
+        (Some(said), _) => said,
+        (None, Some(_)) => ClientAuth::Required,
+        (None, None) => ClientAuth::None,
+    };
+    s.finish()?;
+    Ok(HttpTls {
+        cert,
+        key,
+        ca,
+        client_auth,
+    })
+}
+
+fn http_auth(mut s: Section) -> Result<HttpAuth> {
+    let mut auth = HttpAuth::default();
+    s.set("send", &mut auth.send)?;
+    if let Some(node) = s.node("tokens") {
+        let Value::List(items) = &node.value else {
+            let problem = "must be a list of {name, file or env, rights}";
+            return Err(s.invalid("tokens", problem));
+        };
+        for (i, item) in items.iter().enumerate() {
+            auth.tokens.push(token(s.item("tokens", i, item)?)?);
+        }
+    }
+    if auth.tokens.is_empty() {
+        let problem = "is missing or empty: a list of {name, file or env, rights}";
+        return Err(s.invalid("tokens", problem));
+    }
+    s.finish()?;
+    Ok(auth)
+}
+
+fn token(mut s: Section) -> Result<TokenConfig> {
+    let (mut name, mut file, mut env) = (String::new(), None, None);
+    let mut rights = Vec::new();
+    s.set("name", &mut name)?;
+    s.set("file", &mut file)?;
+    s.set("env", &mut env)?;
+    s.set("rights", &mut rights)?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || !name.chars().all(plain) {
+        let problem = "must be a name of letters, digits, \"-\", \"_\" and \".\": the log shows it";
+        return Err(s.invalid("name", problem));
+    }
+    let source = match (file, env) {
+        (Some(file), None) => TokenSource::File(file),
+        (None, Some(env)) => TokenSource::Env(env),
+        _ => {
+            let problem = "say either file or env: where the token is. The token itself does not \
+                           belong into this file";
+            return Err(s.invalid("file", problem));
+        }
+    };
+    if rights.is_empty() {
+        let problem = "is missing or empty: a list of read, replicate, admin";
+        return Err(s.invalid("rights", problem));
+    }
+    s.finish()?;
+    Ok(TokenConfig {
+        name,
+        source,
+        rights,
+    })
 }
 
 fn proxy(mut s: Section, c: &mut ProxyConfig) -> Result<()> {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::model::{LeaseKind, LogFormat, ProxyForward, Secret};
+use super::model::{ClientAuth, LeaseKind, LogFormat, ProxyForward, Right, Secret};
 use super::yaml::{Key, Node, Value};
 use super::{ConfigError, duration};
 
@@ -231,10 +231,30 @@ impl FromNode for Secret {
     }
 }
 
-impl FromNode for Vec<String> {
+impl FromNode for ClientAuth {
+    fn from_node(node: &Node) -> Result<Self, String> {
+        match text(node)? {
+            "none" => Ok(Self::None),
+            "required" => Ok(Self::Required),
+            other => Err(format!("must be none or required, not \"{other}\"")),
+        }
+    }
+}
+
+impl FromNode for Right {
+    fn from_node(node: &Node) -> Result<Self, String> {
+        let text = text(node)?;
+        [Self::Read, Self::Replicate, Self::Admin]
+            .into_iter()
+            .find(|right| right.name() == text)
+            .ok_or_else(|| format!("must be read, replicate or admin, not \"{text}\""))
+    }
+}
+
+impl<T: FromNode> FromNode for Vec<T> {
     fn from_node(node: &Node) -> Result<Self, String> {
         match &node.value {
-            Value::List(items) => items.iter().map(String::from_node).collect(),
+            Value::List(items) => items.iter().map(T::from_node).collect(),
             _ => Err("must be a list".into()),
         }
     }

@@ -28,7 +28,8 @@ pub fn complete(c: &mut Config, source: &Source) -> Result<()> {
         return Err(source.invalid("tracing.max-size", "must be 1 (MB) or more"));
     }
     proxy(&c.proxy, source)?;
-    lease(c, port, source)
+    lease(c, port, source)?;
+    transport(c, source)
 }
 
 /// Splits `HOST:PORT`; an empty host is all interfaces, and one in brackets (`[::1]:20202`) comes
@@ -148,13 +149,21 @@ fn lease(c: &mut Config, port: u16, source: &Source) -> Result<()> {
         return Err(source.invalid("lease.hostname", "must not contain blanks"));
     }
     if lease.advertise_url.is_empty() {
-        lease.advertise_url = format!("http://{}:{port}", lease.hostname);
+        let scheme = if c.http.tls.is_some() {
+            "https"
+        } else {
+            "http"
+        };
+        lease.advertise_url = format!("{scheme}://{}:{port}", lease.hostname);
     }
+    // It may hold a password: it is not repeated.
     if http_host(&lease.advertise_url).is_none() {
-        let problem = format!(
-            "must be a URL like http://host:20202, not \"{}\"",
-            lease.advertise_url
-        );
+        let problem = "must be a URL like http://host:20202";
+        return Err(source.invalid("lease.advertise-url", problem));
+    }
+    if has_user(&lease.advertise_url) {
+        let problem = "must not hold a user or a password: every node shows it, and nobody uses \
+                       them. For tokens there is http.auth";
         return Err(source.invalid("lease.advertise-url", problem));
     }
     if lease.candidate && !lease.databases.is_empty() {
@@ -178,6 +187,53 @@ fn lease(c: &mut Config, port: u16, source: &Source) -> Result<()> {
         return Err(source.invalid("lease.etcd", problem));
     }
     Ok(())
+}
+
+/// What `http.tls` and `http.auth` must be together with the rest.
+fn transport(c: &Config, source: &Source) -> Result<()> {
+    let https = c.lease.advertise_url.starts_with("https:");
+    let problem = match (&c.http.tls, https) {
+        (Some(_), false) => {
+            "must begin with https: with http.tls, this node and the others speak TLS only"
+        }
+        (None, true) => {
+            "begins with https, and there is no http.tls: give this node a certificate there (cert, \
+             key, ca), or write http"
+        }
+        _ => "",
+    };
+    if !problem.is_empty() {
+        return Err(source.invalid("lease.advertise-url", problem));
+    }
+    let Some(auth) = &c.http.auth else {
+        return Ok(());
+    };
+    for (i, token) in auth.tokens.iter().enumerate() {
+        if auth.tokens[..i].iter().any(|t| t.name == token.name) {
+            let key = format!("http.auth.tokens[{i}].name");
+            let problem = format!("\"{}\" is the name of another token already", token.name);
+            return Err(source.invalid(&key, problem));
+        }
+    }
+    let names = || {
+        let names: Vec<_> = auth.tokens.iter().map(|t| t.name.as_str()).collect();
+        names.join(", ")
+    };
+    match &auth.send {
+        Some(name) if !auth.tokens.iter().any(|t| t.name == *name) => {
+            let problem = format!("there is no token \"{name}\", but: {}", names());
+            Err(source.invalid("http.auth.send", problem))
+        }
+        // A static primary calls nobody.
+        None if c.lease.kind != LeaseKind::Static || !c.lease.candidate => {
+            let problem = format!(
+                "is missing: the name of the token that this node shows to the others, one of: {}",
+                names()
+            );
+            Err(source.invalid("http.auth.send", problem))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn consul(c: &ConsulConfig, source: &Source) -> Result<()> {
@@ -220,6 +276,10 @@ fn etcd(c: &EtcdConfig, source: &Source) -> Result<()> {
             "must be a list of URLs like http://localhost:2379",
         );
     }
+    if c.endpoints.iter().any(|url| has_user(url)) {
+        let problem = "must not hold a user or a password: use username and password";
+        return invalid("endpoints", problem);
+    }
     if c.key.is_empty() {
         return invalid(
             "key",
@@ -242,8 +302,15 @@ fn half_an_identity(tls: Option<&TlsConfig>) -> bool {
     tls.is_some_and(|tls| tls.cert.is_some() != tls.key.is_some())
 }
 
+/// Whether an `http` or `https` URL names a user, or a password.
+fn has_user(url: &str) -> bool {
+    let authority = url.split_once("://").map_or("", |(_, rest)| rest);
+    let authority = authority.split(['/', '?', '#']).next();
+    authority.is_some_and(|a| a.contains('@'))
+}
+
 /// The host in an `http` or `https` URL; `None` if it is no such URL.
-fn http_host(url: &str) -> Option<&str> {
+pub fn http_host(url: &str) -> Option<&str> {
     let rest = url
         .strip_prefix("http://")
         .or_else(|| url.strip_prefix("https://"))?;

@@ -23,6 +23,7 @@ use warp::reject::{InvalidQuery, MethodNotAllowed};
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
+use crate::access::Current;
 use crate::role::{Commands, Promoter, Status};
 use crate::store::{Store, check_database};
 use crate::stream::posmap;
@@ -66,6 +67,8 @@ pub struct Api {
     pub halt_ttl: Duration,
     /// Requests that the kernel has sent to the mount.
     pub fuse_requests: Box<dyn Fn() -> u64 + Send + Sync>,
+    /// What is asked of those who connect.
+    pub keys: Current,
     /// Becomes true when the node stops.
     pub shutdown: watch::Receiver<bool>,
 }

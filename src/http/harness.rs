@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
+use crate::access::{Current, Keys};
 use crate::ltx::Pos;
 use crate::peer::{HttpPeers, Peers};
 use crate::role::{self, CommandQueue, Commands, Promoter, RoleConfig, Status};
@@ -62,6 +63,8 @@ pub(crate) struct TestNode {
     pub(crate) url: String,
     /// How long its halt locks are given for.
     pub(crate) halt_ttl: Duration,
+    /// What it asks of those who connect.
+    pub(crate) keys: Current,
     tasks: Vec<JoinHandle<()>>,
     _dir: TempDir,
 }
@@ -83,6 +86,7 @@ impl TestNode {
             shutdown: watch::Sender::new(false),
             url: String::new(),
             halt_ttl: Duration::from_secs(30),
+            keys: Keys::none(),
             tasks: Vec::new(),
             _dir: dir,
         }
@@ -130,6 +134,7 @@ impl TestNode {
             snapshot_timeout: Duration::from_secs(60),
             halt_ttl: self.halt_ttl,
             fuse_requests: Box::new(|| 0),
+            keys: self.keys.clone(),
             shutdown: self.shutdown.subscribe(),
         });
         self.tasks.push(tokio::spawn(server.serve(api)));

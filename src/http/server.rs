@@ -1,17 +1,18 @@
 //! The listening side: sockets, HTTP versions, deadlines, and an orderly stop.
 //!
-//! One port serves HTTP/1.1 and HTTP/2 without TLS ("prior knowledge": a client that begins with
-//! HTTP/2's preface). A client that asks in HTTP/1.1 to be upgraded is simply answered in HTTP/1.1,
-//! which HTTP allows; LiteFS's nodes never ask.
+//! One port serves HTTP/1.1 and HTTP/2: without TLS as the client begins ("prior knowledge": with
+//! HTTP/2's preface), with TLS as both agree (ALPN). A client that asks in HTTP/1.1 to be upgraded is
+//! simply answered in HTTP/1.1, which HTTP allows; LiteFS's nodes never ask. What a connection and a
+//! request have to show first is [`super::door`]'s.
 //!
-//! A peer can hold a connection open only while something happens on it: the first request must come
-//! within [`HEADER_TIMEOUT`], a request's head within the same time, HTTP/2 connections answer pings.
+//! A peer can hold a connection open only while something happens on it: the first request (and the
+//! TLS handshake before it) must come within [`HEADER_TIMEOUT`], a request's head within the same time, HTTP/2 connections answer pings.
 //! A handler that finds its peer not reading ends the connection by [`Connection::abort`]. There are
 //! at most [`MAX_CONNECTIONS`] connections; further ones wait to be accepted.
 
 use std::convert::Infallible;
 use std::io;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,10 +23,11 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tower_service::Service;
 use tracing::{debug, warn};
 use warp::reply::Response;
@@ -34,6 +36,7 @@ use crate::config::split_addr;
 use crate::stream::{CLUSTER_ID_HEADER, NODE_ID_HEADER, format_node_id};
 
 use super::api::{self, Api};
+use super::door::{Door, Entered};
 
 /// How long a peer may take for a request's head.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -133,6 +136,7 @@ impl Server {
         let mut shutdown = api.shutdown.clone();
         let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let mut connections = JoinSet::new();
+        let door = Arc::new(Door::new(api.keys.clone()));
         loop {
             let accepted = tokio::select! {
                 _ = shutdown.wait_for(|stop| *stop) => break,
@@ -140,10 +144,10 @@ impl Server {
                 accepted = accept(&self.listener, &permits) => accepted,
             };
             match accepted {
-                Ok((socket, permit)) => {
-                    let api = Arc::clone(&api);
+                Ok((socket, peer, permit)) => {
+                    let (api, door) = (Arc::clone(&api), Arc::clone(&door));
                     connections.spawn(async move {
-                        connection(socket, api).await;
+                        connection(socket, peer, api, door).await;
                         drop(permit);
                     });
                 }
@@ -168,13 +172,13 @@ impl Server {
 async fn accept(
     listener: &TcpListener,
     permits: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+) -> io::Result<(TcpStream, IpAddr, tokio::sync::OwnedSemaphorePermit)> {
     let permit = Arc::clone(permits)
         .acquire_owned()
         .await
         .map_err(io::Error::other)?;
-    let (socket, _) = listener.accept().await?;
-    Ok((socket, permit))
+    let (socket, peer) = listener.accept().await?;
+    Ok((socket, peer.ip().to_canonical(), permit))
 }
 
 /// What a request knows of its connection, as an extension of the request.
@@ -195,24 +199,48 @@ impl Connection {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Version(pub(super) http::Version);
 
-/// Serves one connection to its end.
-async fn connection(socket: TcpStream, api: Arc<Api>) {
+/// Lets one connection in and serves it to its end.
+async fn connection(socket: TcpStream, peer: IpAddr, api: Arc<Api>, door: Arc<Door>) {
     let _ = socket.set_nodelay(true);
+    let due = Instant::now() + HEADER_TIMEOUT;
+    let entered = tokio::select! {
+        entered = door.enter(socket, peer, due) => entered,
+        () = api.stopped() => return,
+    };
+    match entered {
+        Some(Entered::Plain(socket)) => serve_http(socket, peer, api, door, due).await,
+        Some(Entered::Tls(stream)) => serve_http(stream, peer, api, door, due).await,
+        None => {}
+    }
+}
+
+/// Serves HTTP, whose first request is due at `due`.
+async fn serve_http(
+    socket: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    peer: IpAddr,
+    api: Arc<Api>,
+    door: Arc<Door>,
+    due: Instant,
+) {
     let state = Arc::new(Connection::default());
     let mut shutdown = api.shutdown.clone();
     let filters = warp::service(api::routes(Arc::clone(&api)));
     let requests = Arc::clone(&state);
     let service = service_fn(move |mut request: Request<Incoming>| {
         requests.requested.store(true, Ordering::Relaxed);
+        let admitted = door.admit(&mut request, peer);
         let version = Version(request.version());
         request.extensions_mut().insert(version);
         request.extensions_mut().insert(Arc::clone(&requests));
         let path = request.uri().path();
         let identified = path != "/metrics" && !path.starts_with("/debug/");
-        let answer = filters.clone().call(request);
+        let answer = admitted.map(|()| filters.clone().call(request));
         let api = Arc::clone(&api);
         async move {
-            let mut response = answer.await?;
+            let mut response = match answer {
+                Ok(answer) => answer.await?,
+                Err(refused) => return Ok(refused),
+            };
             if identified {
                 identify(&mut response, &api);
             }
@@ -233,7 +261,7 @@ async fn connection(socket: TcpStream, api: Arc<Api>) {
         .max_concurrent_streams(64);
     let mut serving = pin!(builder.serve_connection(TokioIo::new(socket), service));
     let silent = async {
-        sleep(HEADER_TIMEOUT).await;
+        sleep_until(due).await;
         if state.requested.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
         }

@@ -12,6 +12,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, lookup_host};
 use tokio::time::timeout;
 
+use crate::access::{Keys, Tls, tls};
 use crate::config::{Config, split_addr};
 
 use super::backend;
@@ -49,7 +50,22 @@ pub async fn problems(config: &Config) -> Vec<String> {
     for entry in config.exec.iter().filter_map(|entry| entry.cmd.first()) {
         add("exec", program(entry));
     }
+    problems.extend(keys(config).await);
     problems
+}
+
+/// What is wrong with certificates, keys and tokens.
+async fn keys(config: &Config) -> Vec<String> {
+    let http = config.http.clone();
+    let host = super::own_host(config);
+    let look = move || {
+        let keys = Keys::load(&http).map_err(|e| e.to_string())?;
+        Ok(keys.flaws(host.as_deref()))
+    };
+    match patiently(look).await {
+        Ok(flaws) => flaws,
+        Err(problem) => vec![problem],
+    }
 }
 
 /// What a node with this configuration would be, in a line.
@@ -68,6 +84,19 @@ pub fn summary(config: &Config) -> String {
         config.http.addr,
         lease.advertise_url,
     );
+    if let Ok(keys) = Keys::load(&config.http) {
+        if let Some(end) = keys.tls.as_ref().and_then(Tls::valid_until) {
+            line += &format!(", certificate valid until {}", tls::date(end));
+        }
+        let tokens = config.http.auth.iter().flat_map(|auth| &auth.tokens);
+        let names: Vec<_> = tokens.map(|token| token.name.as_str()).collect();
+        if !names.is_empty() {
+            line += &format!(", tokens {}", names.join(", "));
+        }
+        for warning in keys.warnings() {
+            line += &format!("\nWARNING: {warning}");
+        }
+    }
     if let (Some(addr), Some(target)) = (&config.proxy.addr, &config.proxy.target) {
         line += &format!(", proxy {addr} to {target}");
     }
@@ -90,9 +119,9 @@ pub fn summary(config: &Config) -> String {
 }
 
 /// Does what may hang (a dead network file system) with a time limit.
-async fn patiently(
-    look: impl FnOnce() -> Result<(), String> + Send + 'static,
-) -> Result<(), String> {
+async fn patiently<T: Send + 'static>(
+    look: impl FnOnce() -> Result<T, String> + Send + 'static,
+) -> Result<T, String> {
     match timeout(PATIENCE, tokio::task::spawn_blocking(look)).await {
         Ok(Ok(found)) => found,
         Ok(Err(e)) => Err(e.to_string()),

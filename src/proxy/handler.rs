@@ -9,13 +9,13 @@ use http::uri::{Authority, Scheme};
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
-use parking_lot::Mutex;
 use tenure_lease::PrimaryInfo;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{debug, info, warn};
 
 use crate::config::{ProxyConfig, ProxyForward};
+use crate::telemetry::seldom::Seldom;
 
 use super::activity::{Limits, OpenRequest};
 use super::body::{AnswerBody, ProxyBody, RequestBody, streamed, whole};
@@ -55,7 +55,7 @@ pub struct Handler {
     txid: watch::Receiver<u64>,
     upstream: Upstream,
     shutdown: watch::Receiver<bool>,
-    complained: Mutex<Option<Instant>>,
+    complained: Seldom,
 }
 
 /// An answer of the proxy's own, of one line of text.
@@ -101,7 +101,7 @@ impl Handler {
             txid,
             upstream: Upstream::new(PATIENCE),
             shutdown,
-            complained: Mutex::new(None),
+            complained: Seldom::new(COMPLAIN_EVERY),
         }
     }
 
@@ -380,10 +380,7 @@ impl Handler {
 
     /// Says in the log, once in a while, that somebody does not answer.
     fn complain(&self, to: &Authority, who: &str, error: &UpstreamError) {
-        let mut last = self.complained.lock();
-        let due = last.is_none_or(|last| last.elapsed() >= COMPLAIN_EVERY);
-        if due {
-            *last = Some(Instant::now());
+        if self.complained.due() {
             warn!("{who} at {to} {error}");
         } else {
             debug!("{who} at {to} {error}");

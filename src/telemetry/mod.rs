@@ -3,3 +3,4 @@
 pub mod logging;
 pub mod operations;
 mod rolling;
+pub mod seldom;
