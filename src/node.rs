@@ -189,7 +189,8 @@ impl Node {
         let http = config.http.clone();
         let keeper = blocking(move || Keeper::new(&http)).await??;
         let leaser = backend::leaser(config)?;
-        let peers: Arc<dyn Peers> = Arc::new(HttpPeers::new().map_err(NodeError::Peers)?);
+        let peers: Arc<dyn Peers> =
+            Arc::new(HttpPeers::new(keeper.current()).map_err(NodeError::Peers)?);
         let server = Server::bind(&config.http.addr).await?;
         let addr = server.local_addr();
         if let Some(warning) = door::exposure(addr, &keeper.current()) {

@@ -3,23 +3,33 @@
 //! Every request of one node to another (the stream, where histories parted, halt locks and their
 //! transactions, handoffs) goes through [`Peers`]. How a peer is reached is [`HttpPeers`]'s alone.
 //!
+//! A node that has TLS speaks nothing else to a peer, so that neither its token nor a database passes in
+//! the clear because a URL says so; one that has none does not begin with it. The keys are those that
+//! are current when a connection is made, and the token the one of the moment of the request.
+//!
 //! A peer is not trusted: an answer is read only as far as its reader asks for, redirects are not
 //! followed, and proxies of the environment are not used. Deadlines for anything but the connection
 //! itself are the caller's: dropping the future, or the answer's body, ends the request.
 
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
 use futures_util::stream::BoxStream;
 use futures_util::{StreamExt, TryStreamExt};
-use http::{Request, Response, Version};
+use http::header::AUTHORIZATION;
+use http::uri::Scheme;
+use http::{HeaderMap, Request, Response, Version};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Empty, Full, StreamBody};
 use hyper::body::Frame;
+use parking_lot::Mutex;
 use reqwest::{Client, Url};
 use tokio::time::timeout;
+
+use crate::access::{Current, Keys, tls};
 
 /// How long connecting for a request may take.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -104,6 +114,12 @@ impl From<reqwest::Error> for PeerError {
     /// With all causes, which say what really happened, and without the URL.
     fn from(error: reqwest::Error) -> PeerError {
         let unconnected = error.is_connect();
+        if let Some(why) = tls::reason(&error) {
+            return PeerError {
+                unconnected,
+                reason: format!("TLS: {why}"),
+            };
+        }
         let error = error.without_url();
         let mut reason = error.to_string();
         let mut cause = std::error::Error::source(&error);
@@ -156,54 +172,122 @@ pub fn refusal(answer: &Response<Bytes>) -> String {
     format!("{}: {told}", answer.status())
 }
 
-/// The address of a node's API, from how the lease names it: `path` of it, without a query.
+/// The address of a node's API, from how the lease names it: `path` of it, without a query, and
+/// without a user or a password, which no node has.
 pub fn url(advertised: &str, path: &str) -> Result<Url, String> {
     let mut url = Url::parse(advertised).map_err(|e| e.to_string())?;
-    if url.scheme() != "http" {
-        return Err(format!("{} is not supported", url.scheme()));
+    let cannot = || format!("{} is not supported", url.scheme());
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(cannot());
     }
     url.set_path(path);
     url.set_query(None);
+    // They fail only for a URL that has no host: not for these schemes.
+    let _ = url.set_username("");
+    let _ = url.set_password(None);
     Ok(url)
 }
 
 /// Peers that are reached over TCP.
-#[derive(Debug, Clone)]
 pub struct HttpPeers {
+    keys: Current,
+    /// Made with the keys beside them.
+    clients: Mutex<(Arc<Keys>, Clients)>,
+}
+
+/// How peers are reached with one set of keys.
+#[derive(Clone)]
+struct Clients {
     /// HTTP/2 without asking first.
     streams: Client,
     requests: Client,
+    /// Over TLS.
+    tls: bool,
 }
 
 impl HttpPeers {
-    /// Peers over HTTP without TLS.
+    /// Peers that are shown what `keys` has.
     ///
     /// # Errors
     /// What the HTTP client says.
-    pub fn new() -> Result<HttpPeers, PeerError> {
-        let builder = || {
-            Client::builder()
+    pub fn new(keys: Current) -> Result<HttpPeers, PeerError> {
+        let now = keys.borrow().clone();
+        let clients = Clients::new(&now)?;
+        Ok(HttpPeers {
+            keys,
+            clients: Mutex::new((now, clients)),
+        })
+    }
+
+    /// Clients with the current keys. Requests that are under way keep those that they began with.
+    fn clients(&self) -> Result<Clients, PeerError> {
+        let now = self.keys.borrow().clone();
+        let mut made = self.clients.lock();
+        if !Arc::ptr_eq(&made.0, &now) {
+            let clients = Clients::new(&now)?;
+            *made = (now, clients);
+        }
+        Ok(made.1.clone())
+    }
+}
+
+impl Clients {
+    fn new(keys: &Keys) -> Result<Clients, PeerError> {
+        let token = keys.tokens.as_ref().and_then(|tokens| tokens.send());
+        let headers: HeaderMap = token
+            .map(|token| (AUTHORIZATION, token))
+            .into_iter()
+            .collect();
+        let builder = |protocol: &[u8]| {
+            let builder = Client::builder()
                 .redirect(reqwest::redirect::Policy::none())
-                .no_proxy()
+                .default_headers(headers.clone())
+                .no_proxy();
+            match &keys.tls {
+                None => builder,
+                Some(tls) => {
+                    let mut tls = tls.client();
+                    tls.alpn_protocols = vec![protocol.to_vec()];
+                    builder.use_preconfigured_tls(tls)
+                }
+            }
         };
-        let streams = builder()
+        let streams = builder(b"h2")
             .http2_prior_knowledge()
             .http2_initial_stream_window_size(1 << 20)
             .http2_initial_connection_window_size(2 << 20)
             .connect_timeout(STREAM_CONNECT_TIMEOUT)
             .pool_max_idle_per_host(0)
             .build()?;
-        let requests = builder().connect_timeout(CONNECT_TIMEOUT).build()?;
-        Ok(HttpPeers { streams, requests })
+        let requests = builder(b"http/1.1")
+            .connect_timeout(CONNECT_TIMEOUT)
+            .build()?;
+        Ok(Clients {
+            streams,
+            requests,
+            tls: keys.tls.is_some(),
+        })
     }
 }
 
 #[async_trait]
 impl Peers for HttpPeers {
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, PeerError> {
+        let clients = self.clients()?;
+        let https = request.uri().scheme() == Some(&Scheme::HTTPS);
+        if https != clients.tls {
+            return Err(PeerError {
+                unconnected: true,
+                reason: match https {
+                    true => "its URL begins with https, and this node has no http.tls",
+                    false => "its URL begins with http, and this node has http.tls and speaks TLS only: lease.advertise-url is to begin with https there",
+                }
+                .into(),
+            });
+        }
         let client = match request.version() {
-            Version::HTTP_2 => &self.streams,
-            _ => &self.requests,
+            Version::HTTP_2 => clients.streams,
+            _ => clients.requests,
         };
         let request = reqwest::Request::try_from(request.map(reqwest::Body::wrap))?;
         let answer: Response<reqwest::Body> = client.execute(request).await?.into();
@@ -231,7 +315,7 @@ mod tests {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}/", port.local_addr().unwrap());
         drop(port);
-        let peers = HttpPeers::new().unwrap();
+        let peers = HttpPeers::new(Keys::none()).unwrap();
         for version in [Version::HTTP_2, Version::HTTP_11] {
             let request = Request::post(&url).version(version).body(empty()).unwrap();
             let error = ask(&peers, request, CONNECT_TIMEOUT, 1).await.unwrap_err();
@@ -244,6 +328,7 @@ mod tests {
     fn addresses_are_http() {
         let url = |text| url(text, "/x").map(String::from);
         assert_eq!(url("http://a:1/b?c").unwrap(), "http://a:1/x");
+        assert_eq!(url("https://u:p@a:1").unwrap(), "https://a:1/x");
         assert!(url("ftp://a").is_err() && url("a").is_err());
     }
 }

@@ -16,10 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::version::TLS13;
-use rustls::{
-    AlertDescription, CertificateError, ClientConfig, Error, InvalidMessage, RootCertStore,
-    ServerConfig,
-};
+use rustls::{CertificateError, ClientConfig, Error, InvalidMessage, RootCertStore, ServerConfig};
 
 use crate::config::{ClientAuth, HttpTls};
 
@@ -305,6 +302,10 @@ pub fn reason(error: &(dyn StdError + 'static)) -> Option<String> {
         if let Some(tls) = inner.downcast_ref::<Error>() {
             return Some(told(tls));
         }
+        // HTTP/2 keeps only the text.
+        if let Some(alert) = inner.to_string().strip_prefix("received fatal alert: ") {
+            return Some(refused(alert));
+        }
         error = inner.source();
     }
     None
@@ -321,7 +322,8 @@ pub fn told(error: &Error) -> String {
         Error::NoCertificatesPresented => {
             "it shows no certificate, and http.tls.client-auth asks for one".into()
         }
-        Error::InvalidCertificate(C::UnknownIssuer) => {
+        // The latter if two authorities have one name.
+        Error::InvalidCertificate(C::UnknownIssuer | C::BadSignature) => {
             "the certificate is by an authority that is not in the CA file".into()
         }
         Error::InvalidCertificate(C::Expired | C::ExpiredContext { .. }) => {
@@ -336,18 +338,23 @@ pub fn told(error: &Error) -> String {
         Error::InvalidCertificate(C::NotValidForName | C::NotValidForNameContext { .. }) => {
             "the certificate is for another host name".into()
         }
-        Error::AlertReceived(alert) => match alert {
-            AlertDescription::CertificateRequired => {
-                "the other side asks for a certificate, and there is none to show".into()
-            }
-            AlertDescription::UnknownCA => {
-                "the other side does not know the authority of this side's certificate".into()
-            }
-            AlertDescription::CertificateExpired => {
-                "the other side says that this side's certificate has expired".into()
-            }
-            alert => format!("the other side refuses TLS: {alert:?}"),
-        },
+        Error::AlertReceived(alert) => refused(&format!("{alert:?}")),
         other => other.to_string(),
+    }
+}
+
+/// What the other side means by an alert of this name.
+fn refused(alert: &str) -> String {
+    match alert {
+        "CertificateRequired" => {
+            "the other side asks for a certificate, and there is none to show".into()
+        }
+        "UnknownCA" => {
+            "the other side does not know the authority of this side's certificate".into()
+        }
+        "CertificateExpired" => {
+            "the other side says that this side's certificate has expired".into()
+        }
+        _ => format!("the other side refuses TLS: {alert}"),
     }
 }

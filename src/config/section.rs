@@ -28,11 +28,17 @@ impl<'a> Source<'a> {
         }
     }
 
-    /// An error about the key with this full name (`data.dir`), with its line if it is in the file.
+    /// An error about the key with this full name (`data.dir`), with its line, or that of the section
+    /// in which it is missing, if that is in the file.
     pub fn invalid(&self, key: &str, problem: impl Into<String>) -> ConfigError {
+        let lines = self.lines.borrow();
+        fn above<'a>(at: &&'a str) -> Option<&'a str> {
+            at.rsplit_once('.').map(|(above, _)| above)
+        }
+        let mut places = std::iter::successors(Some(key), above);
         ConfigError::Invalid {
             file: self.file.to_owned(),
-            line: self.lines.borrow().get(key).copied(),
+            line: places.find_map(|at| lines.get(at).copied()),
             key: key.to_owned(),
             problem: problem.into(),
         }
@@ -66,6 +72,10 @@ impl<'a> Section<'a> {
             entries,
             known: Vec::new(),
         };
+        if !section.path.is_empty() {
+            let mut lines = source.lines.borrow_mut();
+            lines.entry(section.path.clone()).or_insert(node.line);
+        }
         for (key, _) in entries {
             let name = section.full(&key.name);
             source.lines.borrow_mut().insert(name, key.line);

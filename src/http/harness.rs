@@ -38,7 +38,7 @@ pub(crate) fn golden(case: &str) -> Vec<Vec<u8>> {
 
 /// The way to other nodes, over real sockets.
 pub(crate) fn peers() -> Arc<dyn Peers> {
-    Arc::new(HttpPeers::new().unwrap())
+    Arc::new(HttpPeers::new(Keys::none()).unwrap())
 }
 
 /// Waits up to ten seconds for `what`.

@@ -18,6 +18,8 @@ mod timestamp;
 mod transfer;
 
 #[cfg(test)]
+mod door_tests;
+#[cfg(test)]
 mod halt_tests;
 #[cfg(test)]
 pub(crate) mod harness;

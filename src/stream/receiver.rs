@@ -84,7 +84,7 @@ pub enum Progress {
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// The primary's address in the lease is not one.
-    #[error("{url:?}, the primary's advertise-url, is no http:// URL: {reason}")]
+    #[error("{url:?}, the primary's advertise-url, is no http:// or https:// URL: {reason}")]
     Url {
         /// What the lease says.
         url: String,

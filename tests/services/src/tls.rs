@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, KeyUsagePurpose, SanType,
+    KeyPair, KeyUsagePurpose, SanType, date_time_ymd,
 };
 
 use crate::process::write;
@@ -36,7 +36,11 @@ impl Authority {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let name = &mut params.distinguished_name;
-        name.push(DnType::CommonName, "Tenure test authority");
+        let number: u32 = rand::random();
+        name.push(
+            DnType::CommonName,
+            format!("Tenure test authority {number}"),
+        );
         let key = made("the authority's key", KeyPair::generate());
         let issuer = made("the authority", CertifiedIssuer::self_signed(params, key));
         let ca = dir.join("ca.pem");
@@ -53,6 +57,30 @@ impl Authority {
     /// Issues a certificate that serves a server and a client alike, for the name `name` (its
     /// common name, too, and that of its files) and the addresses `ips`.
     pub fn issue(&self, name: &str, ips: &[IpAddr]) -> Identity {
+        self.issue_with(name, ips, |_| {})
+    }
+
+    /// As [`Authority::issue`], of a certificate that has expired long ago.
+    pub fn issue_expired(&self, name: &str, ips: &[IpAddr]) -> Identity {
+        self.issue_with(name, ips, |params| {
+            params.not_before = date_time_ymd(2001, 1, 1);
+            params.not_after = date_time_ymd(2002, 1, 1);
+        })
+    }
+
+    /// As [`Authority::issue`], of a certificate that serves a server only.
+    pub fn issue_for_servers(&self, name: &str, ips: &[IpAddr]) -> Identity {
+        self.issue_with(name, ips, |params| {
+            params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        })
+    }
+
+    fn issue_with(
+        &self,
+        name: &str,
+        ips: &[IpAddr],
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Identity {
         let params = CertificateParams::new(vec![name.to_owned()]);
         let mut params = made("a certificate's name", params);
         params.distinguished_name.push(DnType::CommonName, name);
@@ -63,6 +91,7 @@ impl Authority {
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
+        change(&mut params);
         let key = made("a key", KeyPair::generate());
         let cert = made("a certificate", params.signed_by(&key, &self.issuer));
         let identity = Identity {
