@@ -10,6 +10,7 @@ pub mod http;
 pub mod ltx;
 pub mod node;
 pub mod peer;
+pub mod private;
 pub mod proxy;
 pub mod role;
 pub mod sqlite;

@@ -11,7 +11,7 @@ mod backend;
 pub mod check;
 mod exec;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +30,7 @@ use crate::http::api::Api;
 use crate::http::door;
 use crate::http::server::{Server, ServerError};
 use crate::peer::{HttpPeers, PeerError, Peers};
+use crate::private;
 use crate::proxy::{self, Proxy};
 use crate::role::{self, HaltClient, Parts, Promoter, RoleConfig, Status};
 use crate::store::{HALT_TTL, Options as StoreOptions, Store, StoreError};
@@ -204,8 +205,17 @@ impl Node {
         let host = own_host(config);
         complain_of_keys(&keeper.current().borrow(), host.as_deref());
         let proxy = Proxy::bind(&config.proxy).await?;
+        // What is above the data directory is not the node's own.
+        let above = config.data.dir.parent().map(Path::to_owned);
+        if let Some(above) = above {
+            // Opening the store says what is wrong, if anything is.
+            let _ = blocking(move || std::fs::create_dir_all(above)).await?;
+        }
         let store_options = store_options(config);
         let store = blocking(move || Store::open(store_options)).await??;
+        if let Some(warning) = open_directory(config) {
+            tracing::warn!("{warning}");
+        }
         let backup = backup_client(config);
         if let Some(client) = backup.clone() {
             let store = store.clone();
@@ -352,6 +362,18 @@ fn own_host(config: &Config) -> Option<String> {
     let own = config.advertises_itself();
     let host = http_host(&config.lease.advertise_url).filter(|_| own)?;
     Some(host.to_owned())
+}
+
+/// A warning if everybody on this machine can look into the data directory, as into those that LiteFS
+/// made.
+fn open_directory(config: &Config) -> Option<String> {
+    let dir = &config.data.dir;
+    private::is_open(dir).then(|| {
+        format!(
+            "data.dir: everybody on this machine can look into {}: chmod 700",
+            dir.display()
+        )
+    })
 }
 
 /// Says what others will not accept, or is not as it should be.

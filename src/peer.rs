@@ -270,6 +270,19 @@ impl Clients {
     }
 }
 
+/// What is said of a peer that ends a connection before anything was sent on it. With TLS 1.3 it looks
+/// at a client's certificate when the client is through with the handshake already.
+const CLOSED: &str = "the other side has ended the connection after the TLS handshake: it may not accept this node's certificate; its log says why";
+
+/// Whether the connection was closed before the request went out, with a reason that nobody kept.
+fn was_closed(error: &reqwest::Error) -> bool {
+    let causes = std::iter::successors(std::error::Error::source(error), |e| e.source());
+    tls::reason(error).is_none()
+        && causes
+            .filter_map(|e| e.downcast_ref::<hyper::Error>())
+            .any(hyper::Error::is_canceled)
+}
+
 #[async_trait]
 impl Peers for HttpPeers {
     async fn send(&self, request: Request<Body>) -> Result<Response<Incoming>, PeerError> {
@@ -290,7 +303,13 @@ impl Peers for HttpPeers {
             _ => clients.requests,
         };
         let request = reqwest::Request::try_from(request.map(reqwest::Body::wrap))?;
-        let answer: Response<reqwest::Body> = client.execute(request).await?.into();
+        let answer = client.execute(request).await;
+        let answer: Response<reqwest::Body> = answer
+            .map_err(|error| match https && was_closed(&error) {
+                true => PeerError::broken(CLOSED),
+                false => error.into(),
+            })?
+            .into();
         Ok(answer.map(|body| Incoming::new(body.into_data_stream().map_err(PeerError::from))))
     }
 }

@@ -3,10 +3,14 @@
 mod common;
 
 use std::path::Path;
+use std::process::Command;
 
+use common::access::Secure;
 use common::node::free_address;
+use common::run::run;
 use common::service::{Kind, Service};
 use common::{Cluster, Node, Options, SOON, sqlite3, wait_same_pos, wait_until};
+use tenure_test_services::tls::Identity;
 
 const EXAMPLES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/config-examples");
 
@@ -81,6 +85,59 @@ fn static_primary_and_replica() {
     assert_eq!(named, "primary\n");
     assert_eq!(replica.stop(), Some(0));
     assert_eq!(primary.stop(), Some(0));
+}
+
+#[test]
+fn secure_primary_and_replica() {
+    let cluster = Cluster::new(60);
+    let etc = cluster.dir().join("etc");
+    // Each has an address of its own, and so a certificate.
+    let hosts = ["127.0.0.1", "127.0.0.2"];
+    let mut make = Command::new(Path::new(EXAMPLES).join("make-certificates"));
+    let made = run(make.arg(&etc).args(hosts), b"", SOON);
+    assert!(made.success(), "{}", made.stderr);
+    let addresses = hosts.map(|host| free_address().replace("127.0.0.1", host));
+    let url = format!("https://{}", addresses[0]);
+    let start = |name: &str, at: usize| {
+        let file = |end: &str| {
+            etc.join(format!("{}.{end}", hosts[at]))
+                .display()
+                .to_string()
+        };
+        let (cert, key) = (file("pem"), file("key"));
+        let short = name.trim_start_matches("secure-");
+        let changes = [
+            (format!("/etc/tenure/{short}.pem"), cert.clone()),
+            (format!("/etc/tenure/{short}.key"), key.clone()),
+            ("/etc/tenure".to_owned(), etc.display().to_string()),
+            ("\":20202\"".to_owned(), format!("\"{}\"", addresses[at])),
+            ("https://primary:20202".to_owned(), url.clone()),
+        ];
+        let changes: Vec<_> = changes.iter().map(|(a, b)| (&**a, &**b)).collect();
+        let mut node = example(&cluster, name, &addresses[at], &changes);
+        let token = std::fs::read_to_string(etc.join("token")).unwrap();
+        node.options.secure = Some(Secure {
+            lines: String::new(),
+            tls: Some(Identity {
+                ca: etc.join("ca.pem"),
+                cert: cert.into(),
+                key: key.into(),
+            }),
+            token: Some(token.trim().to_owned()),
+        });
+        node.start();
+        node
+    };
+    let mut primary = start("secure-primary", 0);
+    let mut replica = start("secure-replica", 1);
+    assert_writes(&mut primary);
+    wait_same_pos(&primary, &replica, "a.db");
+    assert_eq!(sqlite3(&replica.db("a.db"), "SELECT x FROM t;"), "1\n");
+    for node in [&mut replica, &mut primary] {
+        let log = node.log();
+        assert!(!log.contains("WARNING"), "{log}");
+        assert_eq!(node.stop(), Some(0));
+    }
 }
 
 fn with_service(kind: Kind, name: &str, usual: &str) {
@@ -167,6 +224,8 @@ fn there_is_no_other_example() {
         "consul",
         "etcd",
         "proxy",
+        "secure-primary",
+        "secure-replica",
         "single-node",
         "static-primary",
         "static-replica",

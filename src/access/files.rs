@@ -2,12 +2,12 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
 use crate::config::{HttpConfig, TokenSource};
+use crate::private;
 
 use super::AccessError;
 
@@ -29,8 +29,7 @@ pub(super) fn read(key: &str, path: &Path) -> Result<Vec<u8>, AccessError> {
 
 /// A warning if everybody on this machine can read a file that holds a secret.
 pub(super) fn exposed(key: &str, path: &Path) -> Option<String> {
-    let mode = path.metadata().ok()?.permissions().mode();
-    (mode & 0o004 != 0).then(|| {
+    private::is_open(path).then(|| {
         format!(
             "{key}: everybody on this machine can read {}: chmod 600",
             path.display()

@@ -26,6 +26,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tempfile::NamedTempFile;
 
 use crate::ltx::{self, HEADER_SIZE, Header, Pos, TRAILER_SIZE};
+use crate::private;
 use crate::store::check_database;
 
 use super::{BackupClient, BackupError, Batch};
@@ -167,7 +168,7 @@ impl FileBackup {
     fn make(&self, db: &str) -> Result<PathBuf, BackupError> {
         let dir = self.dir(db);
         if !dir.is_dir() {
-            fs::create_dir_all(&dir).map_err(BackupError::io("create", &dir))?;
+            private::create_dir_all(&dir).map_err(BackupError::io("create", &dir))?;
             for parent in dir.ancestors().skip(1).take(3) {
                 sync(parent)?;
             }
@@ -196,7 +197,7 @@ impl FileBackup {
         }
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         let aside = dir.join(format!("aside-{}", since.unwrap_or_default().as_millis()));
-        fs::create_dir_all(&aside).map_err(BackupError::io("create", &aside))?;
+        private::create_dir_all(&aside).map_err(BackupError::io("create", &aside))?;
         for link in &old {
             for path in [link.path.clone(), link.path.with_extension("pos")] {
                 let target = aside.join(path.file_name().unwrap_or_default());
@@ -332,7 +333,7 @@ impl BackupClient for FileBackup {
     }
 
     fn set_cluster_id(&self, id: &str) -> Result<(), BackupError> {
-        fs::create_dir_all(&self.root).map_err(BackupError::io("create", &self.root))?;
+        private::create_dir_all(&self.root).map_err(BackupError::io("create", &self.root))?;
         put_text(&self.root.join("clusterid"), &format!("{id}\n"))?;
         sync(&self.root)
     }

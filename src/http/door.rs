@@ -22,6 +22,7 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout_at};
 use tokio_rustls::TlsAcceptor;
@@ -42,6 +43,9 @@ const SAY_EVERY: Duration = Duration::from_secs(60);
 
 /// The first byte of every TLS connection: a record of the handshake.
 const HANDSHAKE: u8 = 0x16;
+
+/// Reads of what a peer that is turned away has sent already.
+const MAX_REST: usize = 16;
 
 /// The most characters of a path that the log shows.
 const MAX_PATH: usize = 64;
@@ -104,10 +108,12 @@ impl Door {
             let _ = timeout_at(due, tell_off(socket)).await;
             return None;
         }
-        match timeout_at(due, TlsAcceptor::from(tls).accept(socket)).await {
+        let handshake = TlsAcceptor::from(tls).accept(socket).into_fallible();
+        match timeout_at(due, handshake).await {
             Ok(Ok(stream)) => Some(Entered::Tls(Box::new(stream))),
-            Ok(Err(error)) => {
+            Ok(Err((error, socket))) => {
                 self.complain(peer, &error);
+                let _ = timeout_at(due, hang_up(socket)).await;
                 None
             }
             Err(_) => {
@@ -221,6 +227,19 @@ async fn first_byte(socket: &TcpStream) -> io::Result<Option<u8>> {
     let mut byte = [0];
     let n = socket.peek(&mut byte).await?;
     Ok((n > 0).then_some(byte[0]))
+}
+
+/// Closes a connection so that the peer gets what was sent last, the reason: it is lost if what the peer
+/// has sent meanwhile is not taken.
+async fn hang_up(mut socket: TcpStream) -> io::Result<()> {
+    socket.shutdown().await?;
+    let mut rest = [0; 4096];
+    for _ in 0..MAX_REST {
+        if socket.read(&mut rest).await? == 0 {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Answers, without TLS, that there is to be TLS.

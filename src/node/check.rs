@@ -93,7 +93,11 @@ pub fn summary(config: &Config) -> String {
         if !names.is_empty() {
             line += &format!(", tokens {}", names.join(", "));
         }
-        for warning in keys.warnings() {
+        for warning in keys
+            .warnings()
+            .into_iter()
+            .chain(super::open_directory(config))
+        {
             line += &format!("\nWARNING: {warning}");
         }
     }

@@ -9,13 +9,15 @@
 //! before names are changed again.
 
 use std::ffi::OsString;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+
+use crate::private;
 
 /// See the module.
 #[derive(Debug)]
@@ -113,7 +115,12 @@ impl Drop for Rolling {
 }
 
 fn append_to(path: &Path) -> io::Result<File> {
-    OpenOptions::new().create(true).append(true).open(path)
+    private::options().create(true).append(true).open(path)
+}
+
+fn empty(path: &Path) -> io::Result<File> {
+    let mut options = private::options();
+    options.create(true).write(true).truncate(true).open(path)
 }
 
 /// `PATH.N` and a suffix.
@@ -156,7 +163,7 @@ fn compress(path: &Path) -> io::Result<()> {
     let mut unfinished = done.clone();
     unfinished.push(".tmp");
     let packed = (|| {
-        let mut encoder = GzEncoder::new(File::create(&unfinished)?, Compression::fast());
+        let mut encoder = GzEncoder::new(empty(Path::new(&unfinished))?, Compression::fast());
         io::copy(&mut File::open(path)?, &mut encoder)?;
         encoder.finish()?;
         fs::rename(&unfinished, &done)

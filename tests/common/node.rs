@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::access::{self, Secure};
 use super::net::Namespace;
 use super::run::Running;
 use super::{Members, SOON, wait_until};
@@ -48,6 +49,8 @@ pub struct Options {
     pub advertise: Option<String>,
     /// The network namespace that it lives in, if not the test's own.
     pub namespace: Option<Arc<Namespace>>,
+    /// TLS and tokens.
+    pub secure: Option<Secure>,
     /// `data.compress` is false: what is in its files can be found in them.
     pub uncompressed: bool,
 }
@@ -70,6 +73,7 @@ impl Options {
             candidate: true,
             advertise: None,
             namespace: None,
+            secure: None,
             uncompressed: false,
         }
     }
@@ -91,6 +95,14 @@ impl Options {
         }
     }
 
+    /// `https` if it speaks TLS.
+    pub fn scheme(&self) -> &'static str {
+        match &self.secure {
+            Some(Secure { tls: Some(_), .. }) => "https",
+            _ => "http",
+        }
+    }
+
     /// The configuration file.
     fn yaml(&self, mount: &Path, data: &Path) -> String {
         if let Some(file) = &self.file {
@@ -101,15 +113,17 @@ impl Options {
             Some(time) => format!("  retention: {time}\n  retention-monitor-interval: 100ms\n"),
             None => String::new(),
         };
+        let secure = self.secure.clone().unwrap_or_default();
+        let scheme = self.scheme();
         let lease = match &self.service {
             Some(service) => format!(
-                "{service}  hostname: {}\n  advertise-url: \"http://{}\"\n  candidate: {}\n",
+                "{service}  hostname: {}\n  advertise-url: \"{scheme}://{}\"\n  candidate: {}\n",
                 self.name,
                 self.advertise.as_ref().unwrap_or(&self.http),
                 self.candidate,
             ),
             None => format!(
-                "  type: static\n  hostname: {}\n  advertise-url: \"http://{}\"\n  candidate: {candidate}\n",
+                "  type: static\n  hostname: {}\n  advertise-url: \"{scheme}://{}\"\n  candidate: {candidate}\n",
                 self.primary.0, self.primary.1,
             ),
         };
@@ -121,10 +135,10 @@ impl Options {
         format!(
             "{backup}fuse:\n  dir: {mount:?}\n\
              data:\n  dir: {data:?}\n  compress: {}\n{retention}\
-             http:\n  addr: \"{}\"\n\
+             http:\n  addr: \"{}\"\n{}\
              strict-verify: {}\n\
              lease:\n{lease}  reconnect-delay: 100ms\n{}",
-            !self.uncompressed, self.http, self.strict_verify, self.more_yaml,
+            !self.uncompressed, self.http, secure.lines, self.strict_verify, self.more_yaml,
         )
     }
 }
@@ -336,12 +350,28 @@ impl Node {
 
     /// GET of its HTTP API: the body of a 200, else what came instead.
     pub fn http_get(&self, path: &str) -> Result<String, String> {
-        self.in_namespace(|| http_get(&self.options.http, path))
+        self.http("GET", path)
     }
 
     /// POST, with no body, to its HTTP API: the body of a 200, else what came instead.
     pub fn http_post(&self, path: &str) -> Result<String, String> {
-        self.in_namespace(|| http("POST", &self.options.http, path))
+        self.http("POST", path)
+    }
+
+    fn http(&self, method: &str, path: &str) -> Result<String, String> {
+        let options = &self.options;
+        self.in_namespace(|| match &options.secure {
+            None => http(method, &options.http, path),
+            Some(secure) => {
+                let url = format!("{}://{}{path}", options.scheme(), options.http);
+                access::request(method, &url, secure)
+            }
+        })
+    }
+
+    /// The file of its configuration, once it was started.
+    pub fn config(&self) -> PathBuf {
+        self.dir.join("litefs.yml")
     }
 
     /// Whether it says that it is primary.

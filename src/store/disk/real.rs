@@ -8,6 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::private;
+
 use super::{Disk, DiskFile, File, Open};
 
 /// The file system of the path that is asked for.
@@ -32,7 +34,7 @@ impl Disk for Real {
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir(path)
+        private::create_dir(path)
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
@@ -52,7 +54,7 @@ impl Disk for Real {
 
 /// Opens a file of the real disk.
 pub(super) fn open(path: &Path, how: Open) -> io::Result<fs::File> {
-    fs::File::options()
+    private::options()
         .read(true)
         .write(how != Open::Read)
         .create(matches!(how, Open::Make | Open::Empty))
