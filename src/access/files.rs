@@ -18,7 +18,14 @@ const MAX_FILE: u64 = 1 << 20;
 pub(super) fn read(key: &str, path: &Path) -> Result<Vec<u8>, AccessError> {
     let fail = |problem: String| AccessError::new(key, format!("{}: {problem}", path.display()));
     let mut bytes = Vec::new();
-    File::open(path)
+    let open = || {
+        // Opening a pipe would wait for who writes it.
+        if !path.metadata()?.is_file() {
+            return Err(std::io::Error::other("it is not a file"));
+        }
+        File::open(path)
+    };
+    open()
         .and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
         .map_err(|e| fail(e.to_string()))?;
     if bytes.len() as u64 > MAX_FILE {

@@ -126,6 +126,10 @@ fn files_that_are_not_what_they_should_be_are_named() {
     for (config, want) in [
         (with(&|c| c.cert = missing.clone()), "http.tls.cert: "),
         (
+            with(&|c| c.cert = dir.path().to_owned()),
+            "it is not a file",
+        ),
+        (
             with(&|c| c.cert = text.clone()),
             "text: there is no PEM certificate in it",
         ),

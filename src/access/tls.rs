@@ -319,6 +319,9 @@ pub fn told(error: &Error) -> String {
             "what is there does not speak TLS: either it is to have http.tls, or its URL begins with http"
                 .into()
         }
+        Error::PeerIncompatible(why) => {
+            format!("the other side does not speak TLS 1.3 as it is needed here ({why:?})")
+        }
         Error::NoCertificatesPresented => {
             "it shows no certificate, and http.tls.client-auth asks for one".into()
         }
