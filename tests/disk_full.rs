@@ -3,48 +3,8 @@
 
 mod common;
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
-
+use common::disk::{SmallDisk, fill};
 use common::{Cluster, Node, Options, Pair, sql, sqlite3};
-
-/// A file system in memory of limited size, detached when dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    /// Mounts it at a directory. `None`, with the reason printed, where that is not allowed.
-    fn mount(at: &Path, megabytes: u32) -> Option<SmallDisk> {
-        let path = CString::new(at.as_os_str().as_bytes()).expect("no NUL in a path");
-        let options = CString::new(format!("size={megabytes}m")).expect("no NUL");
-        let kind = c"tmpfs".as_ptr();
-        // SAFETY: valid C strings that live through the call.
-        let rc = unsafe { libc::mount(kind, path.as_ptr(), kind, 0, options.as_ptr().cast()) };
-        if rc != 0 {
-            let error = std::io::Error::last_os_error();
-            println!("SKIPPED: no file system can be mounted here: {error}");
-            return None;
-        }
-        Some(SmallDisk(at.to_path_buf()))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let path = CString::new(self.0.as_os_str().as_bytes()).expect("no NUL in a path");
-        // SAFETY: a valid C string that lives through the call.
-        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
-    }
-}
-
-/// Fills what is free on the node's disk; the file to remove for space.
-fn fill(node: &Node) -> PathBuf {
-    let path = node.data().join("filler");
-    let mut file = std::fs::File::create(&path).expect("make the filler");
-    let bytes = vec![0_u8; 4096];
-    while std::io::Write::write_all(&mut file, &bytes).is_ok() {}
-    path
-}
 
 /// A pair whose node of that name has a disk of 24 MB. Dropped in this order.
 fn pair_with_small_disk(of: &str) -> Option<(Pair, SmallDisk)> {

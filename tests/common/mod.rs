@@ -12,6 +12,8 @@
 // Each test program uses a part of this module.
 #![allow(dead_code)]
 
+pub mod disk;
+pub mod events;
 pub mod helper;
 pub mod image;
 pub mod net;
