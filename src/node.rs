@@ -30,7 +30,7 @@ use crate::http::server::{Server, ServerError};
 use crate::peer::{HttpPeers, PeerError, Peers};
 use crate::proxy::{self, Proxy};
 use crate::role::{self, HaltClient, Parts, Promoter, RoleConfig, Status};
-use crate::store::{HALT_TTL, Options as StoreOptions, Store, StoreError};
+use crate::store::{HALT_TTL, Options as StoreOptions, Scrub, ScrubOptions, Store, StoreError};
 use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
 use crate::telemetry::operations::OperationLog;
@@ -173,6 +173,7 @@ struct Node {
     http: JoinHandle<()>,
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
+    scrub: Option<Scrub>,
     backup: Option<JoinHandle<()>>,
     status: watch::Receiver<Status>,
     operations: Option<OperationLog>,
@@ -266,7 +267,7 @@ impl Node {
             stop,
         ));
         Ok(Node {
-            store,
+            store: store.clone(),
             mount,
             addr,
             shutdown,
@@ -274,6 +275,7 @@ impl Node {
             http,
             proxy,
             retention,
+            scrub: scrub(&store, config),
             backup,
             status,
             operations,
@@ -289,6 +291,7 @@ impl Node {
         if !matches!(timeout(STOP_TIMEOUT, given_up).await, Ok(Ok(()))) {
             tracing::warn!("halt locks were not given up in time: the primary takes them back");
         }
+        drop(self.scrub.take());
         self.shutdown.send_replace(true);
         for (name, handle) in [
             ("the HTTP server", self.http),
@@ -356,6 +359,24 @@ async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Rece
         let store = store.clone();
         if blocking(move || store.prune()).await.is_err() {
             tracing::error!("removing old transactions failed");
+        }
+    }
+}
+
+/// Begins to look at what is stored, unless that is not wanted.
+fn scrub(store: &Arc<Store>, config: &Config) -> Option<Scrub> {
+    let options = ScrubOptions {
+        interval: config.data.scrub_interval,
+        rate: config.data.scrub_rate * 1_000_000,
+    };
+    if options.interval.is_zero() {
+        return None;
+    }
+    match store.scrub(options) {
+        Ok(scrub) => Some(scrub),
+        Err(error) => {
+            tracing::error!(%error, "stored data is not looked at for faults: there can be no thread");
+            None
         }
     }
 }
