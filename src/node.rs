@@ -193,7 +193,7 @@ impl Node {
             let store = store.clone();
             store.keep_for_backup();
             // Before anybody can write, or read what is old.
-            blocking(move || backup::task::restore_at_start(&store, &*client)).await??;
+            backup::task::restore_at_start(store, client).await?;
         }
         let stats = Arc::new(Stats::default());
         let (status_tx, status) = watch::channel(Status::default());
@@ -245,6 +245,7 @@ impl Node {
             tokio::spawn(backup::task::run(
                 store.clone(),
                 client,
+                scrub_options(config),
                 status,
                 stop.clone(),
             ))
@@ -363,16 +364,18 @@ async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Rece
     }
 }
 
-/// Begins to look at what is stored, unless that is not wanted.
-fn scrub(store: &Arc<Store>, config: &Config) -> Option<Scrub> {
+/// How what is stored is looked at; `None`: it is not.
+fn scrub_options(config: &Config) -> Option<ScrubOptions> {
     let options = ScrubOptions {
         interval: config.data.scrub_interval,
         rate: config.data.scrub_rate * 1_000_000,
     };
-    if options.interval.is_zero() {
-        return None;
-    }
-    match store.scrub(options) {
+    (!options.interval.is_zero()).then_some(options)
+}
+
+/// Begins to look at what is stored, unless that is not wanted.
+fn scrub(store: &Arc<Store>, config: &Config) -> Option<Scrub> {
+    match store.scrub(scrub_options(config)?) {
         Ok(scrub) => Some(scrub),
         Err(error) => {
             tracing::error!(%error, "stored data is not looked at for faults: there can be no thread");

@@ -3,6 +3,8 @@
 
 mod common;
 
+use std::path::Path;
+
 use common::disk::{SmallDisk, fill};
 use common::{Cluster, Node, Options, Pair, sql, sqlite3};
 
@@ -124,4 +126,75 @@ fn the_replicas_disk_is_full_at_its_first_transaction_in_wal_mode() {
         // It waited for space: its database was not given up for another.
         assert!(!pair.replica.data().join("set-aside").exists(), "{left}");
     }
+}
+
+/// Inserts numbered rows one by one, each its own transaction; which were acknowledged.
+fn insert_some(path: &Path, sync: &str, numbers: std::ops::Range<u32>) -> Vec<u32> {
+    let mut acknowledged = Vec::new();
+    let db = rusqlite::Connection::open(path).expect("open");
+    db.busy_timeout(common::SOON).expect("set a limit");
+    // A full disk may refuse that too.
+    let _ = db.execute_batch(&format!("PRAGMA synchronous={sync}; PRAGMA cache_size=10"));
+    for n in numbers {
+        let sql = "INSERT INTO t VALUES (?1, randomblob(60000))";
+        if db.execute(sql, [n]).is_ok() {
+            acknowledged.push(n);
+        }
+    }
+    acknowledged
+}
+
+/// The disk of the node of that name fills up and empties again, under a writer, several times.
+fn fills_and_empties(of: &str) {
+    let Some((mut pair, _disk)) = pair_with_small_disk(of) else {
+        return;
+    };
+    for (mode, sync) in [
+        ("delete", "FULL"),
+        ("truncate", "NORMAL"),
+        ("persist", "FULL"),
+        ("wal", "FULL"),
+        ("wal", "NORMAL"),
+    ] {
+        let db = format!("{mode}-{sync}.db");
+        let path = pair.primary.db(&db);
+        let table = "CREATE TABLE t (n INTEGER PRIMARY KEY, b);";
+        sqlite3(&path, &format!("PRAGMA journal_mode={mode}; {table}"));
+        pair.assert_same(&db);
+        let mut acknowledged = Vec::new();
+        for round in 0..3 {
+            let numbers = |part: u32| (round * 100 + part)..(round * 100 + part + 10);
+            acknowledged.extend(insert_some(&path, sync, numbers(0)));
+            let node = if of == "primary" { &pair.primary } else { &pair.replica };
+            let filler = fill(node);
+            acknowledged.extend(insert_some(&path, sync, 100 * round + 10..100 * round + 40));
+            std::fs::remove_file(filler).expect("remove the filler");
+            let after = insert_some(&path, sync, numbers(40));
+            assert_eq!(after.len(), 10, "{db}: it does not get on: {after:?}");
+            acknowledged.extend(after);
+            // Small disks: what is not needed any more goes.
+            let keep = format!("UPDATE t SET b = NULL WHERE n < {};", round * 100 + 45);
+            sqlite3(&path, &keep);
+        }
+        let rows = sqlite3(&path, "PRAGMA integrity_check; SELECT n FROM t ORDER BY n;");
+        let rows = rows.strip_prefix("ok\n").expect("integrity");
+        let rows: Vec<u32> = rows.lines().map(|n| n.parse().expect("a number")).collect();
+        let missing: Vec<_> = acknowledged.iter().filter(|n| !rows.contains(n)).collect();
+        assert!(missing.is_empty(), "{db}: acknowledged and not there: {missing:?}");
+        pair.assert_same(&db);
+        assert!(pair.primary.is_up() && pair.replica.is_up(), "{db}: a node ended");
+        let aside = pair.replica.data().join("set-aside");
+        assert!(!aside.exists(), "{db}: a full disk is no damage");
+        std::fs::remove_file(path).expect("drop the database");
+    }
+}
+
+#[test]
+fn the_primarys_disk_fills_and_empties_under_writers() {
+    fills_and_empties("primary");
+}
+
+#[test]
+fn the_replicas_disk_fills_and_empties_under_writers() {
+    fills_and_empties("replica");
 }

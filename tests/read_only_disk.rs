@@ -113,6 +113,15 @@ fn the_primarys_disk_turns_read_only() {
 
 /// Mounts the image again, after the check that every start of a machine makes.
 fn remounted(cluster: &Cluster, node: &str, image: &Path) -> Option<FailingDisk> {
+    // A dead mount keeps files open that were passed through.
+    common::node::detach_below(&cluster.subdir(node).join("mnt"));
+    wait_until("the old mount to be gone", SOON, || {
+        let devices = Command::new("losetup").arg("-j").arg(image).output();
+        match String::from_utf8_lossy(&devices.expect("losetup").stdout).trim() {
+            "" => Ok(()),
+            left => Err(left.to_string()),
+        }
+    });
     let check = Command::new("fsck.ext4").arg("-fy").arg(image).output();
     println!("fsck: {check:?}");
     FailingDisk::mount_image(&cluster.subdir(&format!("{node}/data")), image)

@@ -56,6 +56,8 @@ pub enum Place {
     Log,
     /// The file of page checksums.
     Checksums,
+    /// Its backup, elsewhere.
+    Backup,
 }
 
 impl Place {
@@ -66,6 +68,7 @@ impl Place {
             Place::Wal => "wal",
             Place::Log => "log",
             Place::Checksums => "checksums",
+            Place::Backup => "backup",
         }
     }
 }
@@ -110,6 +113,11 @@ impl Refetch {
 }
 
 impl Database {
+    /// The backup of this database is damaged, and a new one takes its place.
+    pub fn note_backup_damage(&self, what: &str) {
+        self.report_fault(Place::Backup, what, Action::Repaired);
+    }
+
     /// Tells the log, the counters and those who listen.
     pub(super) fn report_fault(&self, place: Place, what: &str, action: Action) {
         let stats = &self.context.faults;

@@ -4,6 +4,7 @@
 mod bed;
 mod capture;
 mod divergent;
+mod hostile;
 mod log;
 mod log_damage;
 mod receive;
