@@ -354,16 +354,29 @@ fn a_damaged_backup_heals_and_is_reported() {
             }
         });
         let log = node.log();
-        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
-        assert!(log.contains("the backup is damaged") && log.contains(&name), "{log}");
+        let name = path
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
+        assert!(
+            log.contains("the backup is damaged") && log.contains(&name),
+            "{log}"
+        );
         sqlite3(&node.db("x.db"), "INSERT INTO t VALUES (1, 1);");
         wait_backed_up(&node, &backup, "x.db");
         sqlite3(&node.db("x.db"), "INSERT INTO t VALUES (1, 2);");
         wait_backed_up(&node, &backup, "x.db");
     }
-    assert_eq!(chain(&backup, "other.db"), other, "the other one is left alone");
+    assert_eq!(
+        chain(&backup, "other.db"),
+        other,
+        "the other one is left alone"
+    );
     // What was damaged is kept aside, and what is there restores.
-    let aside = fs::read_dir(backup.join("dbs/x.db")).expect("list").flatten();
+    let aside = fs::read_dir(backup.join("dbs/x.db"))
+        .expect("list")
+        .flatten();
     let aside = aside.filter(|e| e.file_name().to_string_lossy().starts_with("aside-"));
     assert_eq!(aside.count(), 2);
     let rows = sqlite3(&node.db("x.db"), "SELECT count(*) FROM t;");
@@ -392,7 +405,11 @@ fn a_backup_on_a_file_system_that_hangs() {
     assert!(log.contains("does not answer"), "{log}");
     let began = std::time::Instant::now();
     assert_eq!(node.stop(), Some(0), "{}", node.log());
-    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(25),
+        "{:?}",
+        began.elapsed()
+    );
     // Without any, it does not: it would begin another history.
     fs::remove_dir_all(node.data()).expect("remove");
     node.spawn();

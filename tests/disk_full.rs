@@ -165,7 +165,11 @@ fn fills_and_empties(of: &str) {
         for round in 0..3 {
             let numbers = |part: u32| (round * 100 + part)..(round * 100 + part + 10);
             acknowledged.extend(insert_some(&path, sync, numbers(0)));
-            let node = if of == "primary" { &pair.primary } else { &pair.replica };
+            let node = if of == "primary" {
+                &pair.primary
+            } else {
+                &pair.replica
+            };
             let filler = fill(node);
             acknowledged.extend(insert_some(&path, sync, 100 * round + 10..100 * round + 40));
             std::fs::remove_file(filler).expect("remove the filler");
@@ -180,9 +184,15 @@ fn fills_and_empties(of: &str) {
         let rows = rows.strip_prefix("ok\n").expect("integrity");
         let rows: Vec<u32> = rows.lines().map(|n| n.parse().expect("a number")).collect();
         let missing: Vec<_> = acknowledged.iter().filter(|n| !rows.contains(n)).collect();
-        assert!(missing.is_empty(), "{db}: acknowledged and not there: {missing:?}");
+        assert!(
+            missing.is_empty(),
+            "{db}: acknowledged and not there: {missing:?}"
+        );
         pair.assert_same(&db);
-        assert!(pair.primary.is_up() && pair.replica.is_up(), "{db}: a node ended");
+        assert!(
+            pair.primary.is_up() && pair.replica.is_up(),
+            "{db}: a node ended"
+        );
         let aside = pair.replica.data().join("set-aside");
         assert!(!aside.exists(), "{db}: a full disk is no damage");
         std::fs::remove_file(path).expect("drop the database");

@@ -64,7 +64,10 @@ pub(super) async fn run(
             shutdown: shutdown.clone(),
             damaged: damaged.clone(),
         };
-        if tokio::task::spawn_blocking(move || look.at_all()).await.is_err() {
+        if tokio::task::spawn_blocking(move || look.at_all())
+            .await
+            .is_err()
+        {
             error!("the thread that looks at the backup panicked");
         }
     }
@@ -85,7 +88,11 @@ impl Look {
     }
 
     fn at_all(&self) {
-        let ours = || self.client.cluster_id().is_ok_and(|id| id == self.store.cluster_id());
+        let ours = || {
+            self.client
+                .cluster_id()
+                .is_ok_and(|id| id == self.store.cluster_id())
+        };
         if !self.goes_on() || !ours() {
             return;
         }

@@ -283,7 +283,10 @@ impl Session {
                 Ok(done) => break done,
                 Err(_) => {
                     let place = client.place();
-                    warn!(place, "the backup has not taken what it was given for a minute: if it hangs, look at the disk or network that it is on");
+                    warn!(
+                        place,
+                        "the backup has not taken what it was given for a minute: if it hangs, look at the disk or network that it is on"
+                    );
                 }
             }
         };

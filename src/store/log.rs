@@ -367,7 +367,8 @@ impl Log {
         write: impl FnOnce(&mut dyn Write) -> Result<(), StoreError>,
     ) -> Result<Segment, StoreError> {
         let path = self.dir.join(ASIDE);
-        let mut segment = Segment::create(&*self.disk, path.clone(), self.random.next(), 1, max_txid)?;
+        let mut segment =
+            Segment::create(&*self.disk, path.clone(), self.random.next(), 1, max_txid)?;
         let mut body = Body {
             file: segment.file.clone(),
             at: segment.tail + RECORD_HEADER_SIZE as u64,
@@ -700,13 +701,11 @@ impl Inner {
         let dir = new.path.parent().map(Path::to_owned).unwrap_or_default();
         sync_dir(disk, &dir)?;
         while let Some(s) = self.segments.pop_front() {
-            disk
-                .remove_file(&s.path)
+            disk.remove_file(&s.path)
                 .map_err(StoreError::io("remove log segment", &s.path))?;
         }
         let path = dir.join(segment::file_name(max_txid));
-        disk
-            .rename(&new.path, &path)
+        disk.rename(&new.path, &path)
             .map_err(StoreError::io("rename log segment", &new.path))?;
         sync_dir(disk, &dir)?;
         new.path = path;

@@ -126,7 +126,10 @@ impl Store {
             .map_err(StoreError::io("create data directory", &dbs))?;
         let lock = lock_directory(&dir)?;
         // Else the first that finds out is a transaction, or a database that seems damaged.
-        options.disk.temporary(&dir).map_err(StoreError::io("write to data directory", &dir))?;
+        options
+            .disk
+            .temporary(&dir)
+            .map_err(StoreError::io("write to data directory", &dir))?;
         let context = Context::start(options);
         let store = Store {
             cluster_id: RwLock::new(read_cluster_id(&*disk, &dir)?),

@@ -31,19 +31,30 @@ fn unlink(db: &Arc<Database>, kind: FileKind) -> Result<(), StoreError> {
 
 fn assert_quickly_refused(began: Instant, result: Result<(), StoreError>) {
     assert!(result.is_err());
-    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    assert!(
+        began.elapsed() < Duration::from_secs(1),
+        "{:?}",
+        began.elapsed()
+    );
 }
 
 /// Bytes that the database's directory takes on disk.
 fn space(bed: &Bed) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let entries = std::fs::read_dir(bed.dir.path().join("dbs").join(DB)).unwrap();
-    entries.map(|e| e.unwrap().metadata().unwrap().blocks() * 512).sum()
+    entries
+        .map(|e| e.unwrap().metadata().unwrap().blocks() * 512)
+        .sum()
 }
 
 #[test]
 fn a_header_with_an_absurd_page_count() {
-    for (page_size, pages) in [(4096u32, 0xffff_fffe_u32), (4096, 1 << 28), (512, 1 << 30), (65536, 1 << 20)] {
+    for (page_size, pages) in [
+        (4096u32, 0xffff_fffe_u32),
+        (4096, 1 << 28),
+        (512, 1 << 30),
+        (65536, 1 << 20),
+    ] {
         let bed = Bed::primary();
         let c = bed.connect(DB);
         c.execute_batch(&format!("PRAGMA page_size={page_size}; CREATE TABLE t(v)"))
@@ -79,7 +90,12 @@ fn a_header_with_an_absurd_page_count() {
 
 #[test]
 fn a_commit_frame_with_an_absurd_page_count() {
-    for (page_size, pages) in [(4096u32, u32::MAX), (4096, 1 << 28), (512, 1 << 30), (65536, 1 << 20)] {
+    for (page_size, pages) in [
+        (4096u32, u32::MAX),
+        (4096, 1 << 28),
+        (512, 1 << 30),
+        (65536, 1 << 20),
+    ] {
         let bed = Bed::primary();
         let c = bed.connect(DB);
         c.execute_batch(&format!("PRAGMA page_size={page_size}; CREATE TABLE t(v)"))
