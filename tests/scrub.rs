@@ -583,3 +583,52 @@ fn a_rotten_page_is_never_passed_on() {
     let log = primary.log();
     assert!(log.contains("page 31"), "{log}");
 }
+
+#[test]
+fn a_log_that_rotted_while_the_node_was_down() {
+    let mut pair = Cluster::static_pair_with(180, |options| Options {
+        scrub: Some("0"),
+        uncompressed: true,
+        ..options
+    });
+    let dbs = ["segment.db", "record.db", "newest.db", "other.db"];
+    for db in dbs {
+        create(&pair.primary, db, "delete");
+        pair.assert_same(db);
+    }
+    let spoil = |node: &mut Node| {
+        node.kill9();
+        for db in ["segment.db", "record.db", "newest.db"] {
+            let segment = segments(node, db).pop().expect("a segment");
+            let bytes = std::fs::read(&segment).expect("read the segment");
+            let newest = bytes.windows(6).rposition(|w| w == b"newest");
+            let at = match db {
+                // Its header; that of its first record.
+                "segment.db" => 9,
+                "record.db" => 64 + 20,
+                _ => newest.expect("its bytes") as u64,
+            };
+            flip(&segment, at);
+        }
+        node.start();
+    };
+    // A replica asks again for what it cannot trust.
+    spoil(&mut pair.replica);
+    for db in dbs {
+        pair.assert_same(db);
+    }
+    // A primary serves nothing that lacks what it had acknowledged.
+    spoil(&mut pair.primary);
+    for db in ["segment.db", "record.db", "newest.db"] {
+        let read = sqlite3_raw(&pair.primary.db(db), CHECK, true);
+        assert!(!read.success(), "{db}: {read:?}");
+        assert_eq!(sqlite3(&pair.replica.db(db), CHECK), CHECKED, "{db}");
+    }
+    assert!(
+        pair.primary.log().contains("is cut off"),
+        "{}",
+        pair.primary.log()
+    );
+    assert_works(&pair.primary, "other.db");
+    pair.assert_same("other.db");
+}

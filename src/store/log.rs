@@ -51,6 +51,7 @@ pub struct Log {
     dir: PathBuf,
     /// A segment older than this is followed by a new one, so that retention can remove it.
     segment_age: Duration,
+    cut: bool,
     inner: Mutex<Inner>,
     flush: Mutex<FlushState>,
     /// Told the TXID up to which the log is on disk, before anybody who waits for it, and with the
@@ -112,8 +113,9 @@ impl Log {
         segment_age: Duration,
         verified: u64,
     ) -> Result<Log, StoreError> {
-        let segments = log_recovery::open(&*options.disk, dir, verified)?;
-        let log = Log::of(options, dir, segment_age, segments, None);
+        let opened = log_recovery::open(&*options.disk, dir, verified)?;
+        let mut log = Log::of(options, dir, segment_age, opened.segments, None);
+        log.cut = opened.cut;
         log.sync_opened()?;
         Ok(log)
     }
@@ -142,6 +144,7 @@ impl Log {
             random: options.random.clone(),
             dir: dir.to_owned(),
             segment_age,
+            cut: false,
             inner: Mutex::new(Inner {
                 segments,
                 began: Instant::now(),
@@ -159,6 +162,11 @@ impl Log {
             }),
             on_flushed: OnceLock::new(),
         }
+    }
+
+    /// Whether a record at its end was lost when it was opened, torn or rotten.
+    pub fn was_cut(&self) -> bool {
+        self.cut
     }
 
     /// Removes every record.

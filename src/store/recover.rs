@@ -81,6 +81,15 @@ fn without_checksums<T>(db: &Database, e: StoreError) -> Result<Option<T>, Store
     Ok(None)
 }
 
+/// The change counter of a database file; 0 of one that is too short to have one.
+fn change_counter(file: &File) -> u32 {
+    let mut bytes = [0u8; 4];
+    match file.read_exact_at(&mut bytes, 24) {
+        Ok(()) => u32::from_be_bytes(bytes),
+        Err(_) => 0,
+    }
+}
+
 impl Database {
     /// False: there is nothing to recover.
     fn recover(
@@ -105,7 +114,9 @@ impl Database {
         st.page_size = saved.page_size;
         st.page_count = saved.pages;
         st.sums = sums;
+        let before = change_counter(&file);
         let redone = self.redo(&mut st, &file)?;
+        self.check_nothing_lost(before, &file)?;
         self.finish_recovery(&mut st, file)?;
         let unsaved = st.saved.pos != st.pos;
         drop(st);
@@ -114,6 +125,20 @@ impl Database {
             self.checkpoint()?;
         }
         Ok(true)
+    }
+
+    /// In the rollback modes the file has a transaction only once the log has it on disk: a log whose
+    /// last record is not whole has lost it if the file was further than what is left. `before`: the
+    /// file's change counter before the redo.
+    fn check_nothing_lost(&self, before: u32, file: &File) -> Result<(), StoreError> {
+        let now = change_counter(file);
+        if !self.log().was_cut() || (before.wrapping_sub(now) as i32) <= 0 {
+            return Ok(());
+        }
+        let what = format!(
+            "its last transaction is damaged: the database file was at change {before}, what is left leads to {now}"
+        );
+        Err(StoreError::corrupt(self.dir.join("log"), what))
     }
 
     /// The database file, made if it is missing.
@@ -292,7 +317,13 @@ impl Database {
                 self.verify_first_page(st)
             }
         };
-        let checked = check(st).or_else(|_| self.mend_at_start(st).and_then(|()| check(st)));
+        let checked = check(st).or_else(|e| {
+            // Pages of a transaction that the log has lost are no damage of the file.
+            if self.log().was_cut() {
+                return Err(e);
+            }
+            self.mend_at_start(st).and_then(|()| check(st))
+        });
         checked.inspect_err(|_| {
             st.files.database = None;
         })

@@ -141,6 +141,9 @@ impl Database {
     fn scrub(self: &Arc<Self>, pace: &mut Pace) -> Looked {
         or_end!(self.scrub_pages(pace)?);
         or_end!(self.scrub_wal(pace)?);
+        if self.broken().is_some() {
+            return Ok(Some(()));
+        }
         or_end!(self.scrub_checksums(pace)?);
         self.scrub_log(pace)
     }
