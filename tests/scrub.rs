@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use common::events::Events;
 use common::sql::{sqlite3_fails, sqlite3_raw};
-use common::{Cluster, Node, Options, Pair, SOON, sqlite3, wait_until};
+use common::{Cluster, Node, Options, SOON, sqlite3, wait_until};
 use rusqlite::Connection;
 
 const FAULTS: &str = "tenure_scrub_faults_total";
@@ -573,7 +573,10 @@ fn a_rotten_page_is_never_passed_on() {
     assert!(e.contains("I/O error") || e.contains("malformed"), "{e}");
     assert_eq!(primary.txid("x.db"), before);
     assert!(primary.http_get("/export?name=x.db").is_err(), "exported");
-    let replica = cluster.start(never(Options::replica("replica", &primary.options)));
+    let replica = cluster.start(Options {
+        backup: None,
+        ..Options::replica("replica", &primary.options)
+    });
     create(&primary, "y.db", "delete");
     common::assert_same(&primary, &replica, "y.db");
     assert_eq!(replica.pos("x.db"), None, "{}", replica.log());
