@@ -10,6 +10,7 @@
 //! have no owner (open file description locks), a kernel that does not say.
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use parking_lot::Mutex;
 
@@ -64,7 +65,12 @@ impl Database {
             self.context.clients.learn(thread);
             return Ok(());
         }
-        if unknown || (processes.is_empty() && !journal_active) {
+        let unused = processes.is_empty() && !journal_active;
+        if unused && f.kind == FileKind::Journal {
+            // Without locks, and alone: a transaction of its own.
+            self.context.clients.learn(thread);
+        }
+        if unknown || unused || !is_there(thread) {
             return Ok(());
         }
         // What the kernel has taken into its cache on the way is not what is there.
@@ -91,6 +97,11 @@ impl Database {
     }
 }
 
+/// Whether the kernel shows the thread to this process at all.
+fn is_there(thread: u32) -> bool {
+    Path::new(&format!("/proc/{thread}")).exists()
+}
+
 fn is_thread_of(thread: u32, process: u32) -> bool {
-    thread == process || std::path::Path::new(&format!("/proc/{process}/task/{thread}")).exists()
+    thread == process || Path::new(&format!("/proc/{process}/task/{thread}")).exists()
 }

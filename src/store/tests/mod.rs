@@ -11,6 +11,7 @@ mod receive;
 mod recovery;
 mod restore;
 mod roles;
+mod scrub;
 mod snapshots;
 mod sums;
 mod vfs;
