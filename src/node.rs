@@ -33,7 +33,7 @@ use crate::peer::{HttpPeers, PeerError, Peers};
 use crate::private;
 use crate::proxy::{self, Proxy};
 use crate::role::{self, HaltClient, Parts, Promoter, RoleConfig, Status};
-use crate::store::{HALT_TTL, Options as StoreOptions, Store, StoreError};
+use crate::store::{HALT_TTL, Options as StoreOptions, Scrub, ScrubOptions, Store, StoreError};
 use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
 use crate::telemetry::operations::OperationLog;
@@ -180,6 +180,7 @@ struct Node {
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
     keeper: JoinHandle<()>,
+    scrub: Option<Scrub>,
     backup: Option<JoinHandle<()>>,
     status: watch::Receiver<Status>,
     operations: Option<OperationLog>,
@@ -221,7 +222,7 @@ impl Node {
             let store = store.clone();
             store.keep_for_backup();
             // Before anybody can write, or read what is old.
-            blocking(move || backup::task::restore_at_start(&store, &*client)).await??;
+            backup::task::restore_at_start(store, client).await?;
         }
         let stats = Arc::new(Stats::default());
         let (status_tx, status) = watch::channel(Status::default());
@@ -274,6 +275,7 @@ impl Node {
             tokio::spawn(backup::task::run(
                 store.clone(),
                 client,
+                scrub_options(config),
                 status,
                 stop.clone(),
             ))
@@ -298,7 +300,7 @@ impl Node {
             stop,
         ));
         Ok(Node {
-            store,
+            store: store.clone(),
             mount,
             addr,
             shutdown,
@@ -307,6 +309,7 @@ impl Node {
             proxy,
             retention,
             keeper,
+            scrub: scrub(&store, config),
             backup,
             status,
             operations,
@@ -322,6 +325,7 @@ impl Node {
         if !matches!(timeout(STOP_TIMEOUT, given_up).await, Ok(Ok(()))) {
             tracing::warn!("halt locks were not given up in time: the primary takes them back");
         }
+        drop(self.scrub.take());
         self.shutdown.send_replace(true);
         for (name, handle) in [
             ("the HTTP server", self.http),
@@ -416,6 +420,26 @@ async fn retention(store: Arc<Store>, every: Duration, mut shutdown: watch::Rece
         let store = store.clone();
         if blocking(move || store.prune()).await.is_err() {
             tracing::error!("removing old transactions failed");
+        }
+    }
+}
+
+/// How what is stored is looked at; `None`: it is not.
+fn scrub_options(config: &Config) -> Option<ScrubOptions> {
+    let options = ScrubOptions {
+        interval: config.data.scrub_interval,
+        rate: config.data.scrub_rate * 1_000_000,
+    };
+    (!options.interval.is_zero()).then_some(options)
+}
+
+/// Begins to look at what is stored, unless that is not wanted.
+fn scrub(store: &Arc<Store>, config: &Config) -> Option<Scrub> {
+    match store.scrub(scrub_options(config)?) {
+        Ok(scrub) => Some(scrub),
+        Err(error) => {
+            tracing::error!(%error, "stored data is not looked at for faults: there can be no thread");
+            None
         }
     }
 }

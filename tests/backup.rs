@@ -299,3 +299,125 @@ fn an_empty_node_does_not_start_beside_a_backup_that_it_cannot_read() {
     });
     assert_eq!(fs::read(&path).expect("read"), bytes);
 }
+
+/// The LTX files of a database's chain.
+fn chain(backup: &Path, db: &str) -> Vec<PathBuf> {
+    let entries = fs::read_dir(backup.join("dbs").join(db)).expect("list the backup");
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| p.extension().is_some_and(|e| e == "ltx"))
+        .collect();
+    files.sort();
+    files
+}
+
+fn flip_middle(path: &Path) {
+    let mut bytes = fs::read(path).expect("read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(path, &bytes).expect("write");
+}
+
+#[test]
+fn a_damaged_backup_heals_and_is_reported() {
+    let (cluster, backup) = setting(120);
+    let mut node = cluster.start(Options {
+        scrub: Some("300ms"),
+        ..options("node", &backup)
+    });
+    for db in ["x.db", "other.db"] {
+        fill(&node, db, "delete");
+        wait_backed_up(&node, &backup, db);
+    }
+    for n in 0..3 {
+        sqlite3(&node.db("x.db"), &format!("INSERT INTO t VALUES (0, {n});"));
+        wait_backed_up(&node, &backup, "x.db");
+    }
+    let other = chain(&backup, "other.db");
+    let damaged = chain(&backup, "x.db");
+    assert!(damaged.len() > 2, "{damaged:?}");
+    // The snapshot, and then one of those that follow.
+    for which in [0, 1] {
+        let path = chain(&backup, "x.db").swap_remove(which);
+        flip_middle(&path);
+        wait_until("the backup to heal", SOON, || {
+            let chain = chain(&backup, "x.db");
+            let whole = |p: &PathBuf| {
+                let mut verify = Command::new(common::node::TENURE);
+                let done = run(verify.args(["ltx", "verify"]).arg(p), b"", SOON);
+                done.success()
+            };
+            match !chain.is_empty() && chain.iter().all(whole) {
+                true => Ok(()),
+                false => Err(format!("{chain:?}\n{}", node.log())),
+            }
+        });
+        let log = node.log();
+        let name = path
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned();
+        assert!(
+            log.contains("the backup is damaged") && log.contains(&name),
+            "{log}"
+        );
+        sqlite3(&node.db("x.db"), "INSERT INTO t VALUES (1, 1);");
+        wait_backed_up(&node, &backup, "x.db");
+        sqlite3(&node.db("x.db"), "INSERT INTO t VALUES (1, 2);");
+        wait_backed_up(&node, &backup, "x.db");
+    }
+    assert_eq!(
+        chain(&backup, "other.db"),
+        other,
+        "the other one is left alone"
+    );
+    // What was damaged is kept aside, and what is there restores.
+    let aside = fs::read_dir(backup.join("dbs/x.db"))
+        .expect("list")
+        .flatten();
+    let aside = aside.filter(|e| e.file_name().to_string_lossy().starts_with("aside-"));
+    assert_eq!(aside.count(), 2);
+    let rows = sqlite3(&node.db("x.db"), "SELECT count(*) FROM t;");
+    assert_eq!(node.stop(), Some(0));
+    fs::remove_dir_all(node.data()).expect("remove");
+    node.start();
+    assert_eq!(sqlite3(&node.db("x.db"), "SELECT count(*) FROM t;"), rows);
+}
+
+#[test]
+fn a_backup_on_a_file_system_that_hangs() {
+    let cluster = Cluster::new(150);
+    // A mount whose server stands still: whoever asks it waits.
+    let server = cluster.start(Options::primary("server"));
+    let backup = server.mount().join("backup");
+    let mut node = cluster.start(options("node", &cluster.subdir("backup")));
+    fill(&node, "x.db", "delete");
+    assert_eq!(node.stop(), Some(0));
+    node.options.backup = Some(backup.clone());
+    server.freeze(true);
+    let logged = node.log().len();
+    // With its own data it starts, and says what it does without.
+    node.start();
+    sqlite3(&node.db("x.db"), "INSERT INTO t VALUES (1, 1);");
+    let log = node.log().split_off(logged);
+    assert!(log.contains("does not answer"), "{log}");
+    let began = std::time::Instant::now();
+    assert_eq!(node.stop(), Some(0), "{}", node.log());
+    assert!(
+        began.elapsed() < Duration::from_secs(25),
+        "{:?}",
+        began.elapsed()
+    );
+    // Without any, it does not: it would begin another history.
+    fs::remove_dir_all(node.data()).expect("remove");
+    node.spawn();
+    assert_eq!(node.wait(SOON), Some(1), "{}", node.log());
+    let log = node.log();
+    let said = log.lines().rfind(|l| l.contains("ERROR: ")).unwrap_or("");
+    for part in ["does not answer", backup.to_str().expect("text")] {
+        assert!(said.contains(part), "{part} in {log}");
+    }
+    server.freeze(false);
+}

@@ -3,52 +3,14 @@
 
 mod common;
 
-use std::ffi::CString;
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use common::disk::{SmallDisk, fill};
 use common::{Cluster, Node, Options, Pair, sql, sqlite3};
-
-/// A file system in memory of limited size, detached when dropped.
-struct SmallDisk(PathBuf);
-
-impl SmallDisk {
-    /// Mounts it at a directory. `None`, with the reason printed, where that is not allowed.
-    fn mount(at: &Path, megabytes: u32) -> Option<SmallDisk> {
-        let path = CString::new(at.as_os_str().as_bytes()).expect("no NUL in a path");
-        let options = CString::new(format!("size={megabytes}m")).expect("no NUL");
-        let kind = c"tmpfs".as_ptr();
-        // SAFETY: valid C strings that live through the call.
-        let rc = unsafe { libc::mount(kind, path.as_ptr(), kind, 0, options.as_ptr().cast()) };
-        if rc != 0 {
-            let error = std::io::Error::last_os_error();
-            println!("SKIPPED: no file system can be mounted here: {error}");
-            return None;
-        }
-        Some(SmallDisk(at.to_path_buf()))
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let path = CString::new(self.0.as_os_str().as_bytes()).expect("no NUL in a path");
-        // SAFETY: a valid C string that lives through the call.
-        unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
-    }
-}
-
-/// Fills what is free on the node's disk; the file to remove for space.
-fn fill(node: &Node) -> PathBuf {
-    let path = node.data().join("filler");
-    let mut file = std::fs::File::create(&path).expect("make the filler");
-    let bytes = vec![0_u8; 4096];
-    while std::io::Write::write_all(&mut file, &bytes).is_ok() {}
-    path
-}
 
 /// A pair whose node of that name has a disk of 24 MB. Dropped in this order.
 fn pair_with_small_disk(of: &str) -> Option<(Pair, SmallDisk)> {
-    let cluster = Cluster::new(90);
+    let cluster = Cluster::new(150);
     let disk = SmallDisk::mount(&cluster.subdir(&format!("{of}/data")), 24)?;
     let options = |options| Options {
         strict_verify: true,
@@ -164,4 +126,86 @@ fn the_replicas_disk_is_full_at_its_first_transaction_in_wal_mode() {
         // It waited for space: its database was not given up for another.
         assert!(!pair.replica.data().join("set-aside").exists(), "{left}");
     }
+}
+
+/// Inserts numbered rows one by one, each its own transaction; which were acknowledged.
+fn insert_some(path: &Path, sync: &str, numbers: std::ops::Range<u32>) -> Vec<u32> {
+    let mut acknowledged = Vec::new();
+    let db = rusqlite::Connection::open(path).expect("open");
+    db.busy_timeout(common::SOON).expect("set a limit");
+    // A full disk may refuse that too.
+    let _ = db.execute_batch(&format!("PRAGMA synchronous={sync}; PRAGMA cache_size=10"));
+    for n in numbers {
+        let sql = "INSERT INTO t VALUES (?1, randomblob(60000))";
+        if db.execute(sql, [n]).is_ok() {
+            acknowledged.push(n);
+        }
+    }
+    acknowledged
+}
+
+/// The disk of the node of that name fills up and empties again, under a writer, several times.
+fn fills_and_empties(of: &str, settings: &[(&str, &str)]) {
+    let Some((mut pair, _disk)) = pair_with_small_disk(of) else {
+        return;
+    };
+    for (mode, sync) in settings {
+        let db = format!("{mode}-{sync}.db");
+        let path = pair.primary.db(&db);
+        let table = "CREATE TABLE t (n INTEGER PRIMARY KEY, b);";
+        sqlite3(&path, &format!("PRAGMA journal_mode={mode}; {table}"));
+        pair.assert_same(&db);
+        let mut acknowledged = Vec::new();
+        for round in 0..2 {
+            let numbers = |part: u32| (round * 100 + part)..(round * 100 + part + 10);
+            acknowledged.extend(insert_some(&path, sync, numbers(0)));
+            let node = if of == "primary" {
+                &pair.primary
+            } else {
+                &pair.replica
+            };
+            let filler = fill(node);
+            acknowledged.extend(insert_some(&path, sync, 100 * round + 10..100 * round + 40));
+            std::fs::remove_file(filler).expect("remove the filler");
+            let after = insert_some(&path, sync, numbers(40));
+            assert_eq!(after.len(), 10, "{db}: it does not get on: {after:?}");
+            acknowledged.extend(after);
+            // Small disks: what is not needed any more goes.
+            let keep = format!("UPDATE t SET b = NULL WHERE n < {};", round * 100 + 45);
+            sqlite3(&path, &keep);
+        }
+        let rows = sqlite3(&path, "PRAGMA integrity_check; SELECT n FROM t ORDER BY n;");
+        let rows = rows.strip_prefix("ok\n").expect("integrity");
+        let rows: Vec<u32> = rows.lines().map(|n| n.parse().expect("a number")).collect();
+        let missing: Vec<_> = acknowledged.iter().filter(|n| !rows.contains(n)).collect();
+        assert!(
+            missing.is_empty(),
+            "{db}: acknowledged and not there: {missing:?}"
+        );
+        pair.assert_same(&db);
+        assert!(
+            pair.primary.is_up() && pair.replica.is_up(),
+            "{db}: a node ended"
+        );
+        let aside = pair.replica.data().join("set-aside");
+        assert!(!aside.exists(), "{db}: a full disk is no damage");
+        std::fs::remove_file(path).expect("drop the database");
+    }
+}
+
+#[test]
+fn the_primarys_disk_fills_and_empties_under_writers() {
+    let settings = [
+        ("delete", "FULL"),
+        ("truncate", "NORMAL"),
+        ("persist", "FULL"),
+        ("wal", "FULL"),
+        ("wal", "NORMAL"),
+    ];
+    fills_and_empties("primary", &settings);
+}
+
+#[test]
+fn the_replicas_disk_fills_and_empties_under_writers() {
+    fills_and_empties("replica", &[("delete", "FULL"), ("wal", "NORMAL")]);
 }

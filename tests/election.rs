@@ -3,13 +3,11 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::events::Events;
 use common::net::{Link, Net, SERVICE};
 use common::node::TENURE;
 use common::run::run;
@@ -369,41 +367,6 @@ fn a_cluster_changes_from_static_to_consul_to_etcd() {
     }
 }
 
-/// The lines of a node's `/events`, as they come.
-struct Events(BufReader<TcpStream>);
-
-impl Events {
-    /// Returns once the first line has come.
-    fn of(node: &Node, namespace: &common::net::Namespace) -> Events {
-        let connect = || TcpStream::connect(&node.options.http).expect("connect to the node");
-        let mut stream = namespace.run(connect);
-        stream
-            .set_read_timeout(Some(Duration::from_secs(1)))
-            .expect("set a limit");
-        write!(stream, "GET /events HTTP/1.0\r\n\r\n").expect("ask for events");
-        let mut events = Events(BufReader::new(stream));
-        events.next("init");
-        events
-    }
-
-    /// The next line of this type.
-    fn next(&mut self, kind: &str) -> String {
-        let begin = format!("{{\"type\":\"{kind}\",");
-        let deadline = Instant::now() + SOON;
-        let mut line = String::new();
-        loop {
-            assert!(Instant::now() < deadline, "no event {kind}");
-            match self.0.read_line(&mut line) {
-                Ok(0) => panic!("the events have ended before one of {kind}"),
-                Ok(_) if line.starts_with(&begin) => return line.trim().to_string(),
-                Ok(_) => line.clear(),
-                // It goes on with the rest of the line.
-                Err(_) => {}
-            }
-        }
-    }
-}
-
 /// The LTX files in a directory, by name.
 fn ltx_files(dir: &Path) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(dir).expect("what was set aside");
@@ -416,8 +379,7 @@ fn ltx_files(dir: &Path) -> Vec<PathBuf> {
 fn an_old_primary_reports_what_it_sets_aside() {
     let bed = Bed::new(["a", "b"]);
     let [a, b] = &bed.nodes;
-    let namespace: Arc<_> = bed.net.member(0);
-    let mut events = Events::of(a, &namespace);
+    let mut events = Events::of(a);
     let shared = a.txid("a.db");
     bed.net.cut(0, Link::Peers);
     bed.net.cut(0, Link::Service);

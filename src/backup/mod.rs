@@ -11,6 +11,8 @@
 //!   that is an error, which an operator resolves, and neither is overwritten.
 //! - If the node is ahead and it is not known whether the chain is its past, the node's snapshot
 //!   begins a new chain, and the old one is set aside within the backup.
+//! - A chain that is damaged is set aside within the backup, and a new snapshot begins another. It is
+//!   looked at as often, and as slowly, as the node's own data ([`check`]).
 //! - A backup that fails stops nothing else. It is tried again, and complained of once a minute.
 //!
 //! An object store would be another implementation of [`BackupClient`]; `file` documents a layout
@@ -24,7 +26,9 @@ use std::path::{Path, PathBuf};
 use crate::ltx::{LtxError, Pos};
 use crate::store::StoreError;
 
+mod check;
 pub mod file;
+mod patience;
 pub mod task;
 
 /// Why something could not be backed up or restored.
@@ -55,6 +59,16 @@ pub enum BackupError {
         path: PathBuf,
         /// What is wrong.
         what: String,
+    },
+    /// Whoever keeps the backup says nothing, neither yes nor no.
+    #[error(
+        "the backup {place} does not answer within {seconds} s: look at the disk or network that it is on"
+    )]
+    Hangs {
+        /// Where it is.
+        place: String,
+        /// How long it was waited for.
+        seconds: u64,
     },
     /// This node's database.
     #[error(transparent)]
@@ -96,6 +110,15 @@ pub enum BackupError {
 }
 
 impl BackupError {
+    /// Whether what is stored is not what was written.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            BackupError::Ltx { source, .. } => !matches!(source, LtxError::Io(_)),
+            BackupError::Corrupt { .. } => true,
+            _ => false,
+        }
+    }
+
     /// For `map_err`: names the action and the file.
     pub(crate) fn io(
         action: &'static str,
@@ -136,12 +159,16 @@ impl Batch {
     }
 }
 
-/// A place for backups. Its methods block, each for a bounded time, and are called by one thread.
+/// A place for backups. Its methods block, and are called by one thread, but for
+/// [`BackupClient::verify`], which another calls.
 ///
 /// What an implementation guarantees: when [`BackupClient::write`] returns, the batch is there for
 /// good; if it fails or the process dies, the chain is as before. What is damaged is an error, and
 /// is never returned.
 pub trait BackupClient: Send + Sync {
+    /// Where it is, for messages.
+    fn place(&self) -> String;
+
     /// The cluster whose backup this is; `None` while there is nothing in it.
     fn cluster_id(&self) -> Result<Option<String>, BackupError>;
 
@@ -160,6 +187,13 @@ pub trait BackupClient: Send + Sync {
     /// # Errors
     /// [`BackupError::Gap`] if the batch does not follow the chain's end.
     fn write(&self, db: &str, batch: &mut Batch) -> Result<(), BackupError>;
+
+    /// Reads the whole chain and checks it; `read` is told of bytes as they are read, and says
+    /// whether to go on. What is added or replaced meanwhile may be left out.
+    ///
+    /// # Errors
+    /// [`BackupError::is_damage`] if it is not what was written.
+    fn verify(&self, db: &str, read: &mut dyn FnMut(u64) -> bool) -> Result<(), BackupError>;
 
     /// Writes the whole chain as one snapshot (an LTX file), checked to its last byte.
     fn fetch_snapshot(&self, db: &str, out: &mut dyn Write) -> Result<Pos, BackupError>;

@@ -10,12 +10,14 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::ltx::{self, Pos};
 use crate::role::Status;
-use crate::store::{Common, Database, Next, Record, Store};
+use crate::store::{Common, Database, Next, Record, ScrubOptions, Store};
 
+use super::check::{self, Damaged};
+use super::patience::Patient;
 use super::{BackupClient, BackupError, Batch};
 
 /// Transactions are gathered for so long.
@@ -30,6 +32,8 @@ const FIRST_RETRY: Duration = Duration::from_secs(1);
 const LAST_RETRY: Duration = Duration::from_secs(60);
 /// How often a failure is logged.
 const COMPLAIN_EVERY: Duration = Duration::from_secs(60);
+/// What takes longer is said to take long, as often.
+const SLOW: Duration = Duration::from_secs(60);
 /// How long a node that stops gives the last transactions.
 const LAST_ROUND: Duration = Duration::from_secs(3);
 /// How long a node that stops is waited for to take no more writes.
@@ -40,11 +44,23 @@ const STEP_DOWN: Duration = Duration::from_secs(2);
 /// restored.
 ///
 /// # Errors
-/// If this node is empty and the backup cannot be read: it would begin another history. A node that
+/// If this node is empty and the backup cannot be read, or does not answer: it would begin another history. A node that
 /// has databases starts without its backup.
-pub fn restore_at_start(store: &Store, client: &dyn BackupClient) -> Result<(), BackupError> {
+pub async fn restore_at_start(
+    store: Arc<Store>,
+    client: Arc<dyn BackupClient>,
+) -> Result<(), BackupError> {
     let empty = store.names().is_empty();
-    match restore_all(store, client) {
+    let patient = Arc::new(Patient::new(client));
+    let asked = patient.clone();
+    let restored = tokio::task::spawn_blocking(move || restore_all(&store, &*asked));
+    let restored = tokio::select! {
+        done = restored => done.unwrap_or_else(|e| {
+            Err(BackupError::io("restore", ".")(std::io::Error::other(e)))
+        }),
+        hangs = patient.hangs() => Err(hangs),
+    };
+    match restored {
         Err(error) if !empty => {
             error!(%error, "the backup cannot be read: nothing is restored from it");
             Ok(())
@@ -117,12 +133,26 @@ fn fetch(
 
 /// Keeps the backup up to date while this node is primary, until `shutdown` becomes true; then
 /// sends what is left.
+///
+/// `look`: how often and fast it is looked at for damage, if at all.
 pub async fn run(
     store: Arc<Store>,
     client: Arc<dyn BackupClient>,
+    look: Option<ScrubOptions>,
     mut status: watch::Receiver<Status>,
     mut shutdown: watch::Receiver<bool>,
 ) {
+    let damaged = Arc::new(Damaged::default());
+    if let Some(options) = look {
+        tokio::spawn(check::run(
+            store.clone(),
+            client.clone(),
+            options,
+            status.clone(),
+            shutdown.clone(),
+            damaged.clone(),
+        ));
+    }
     loop {
         tokio::select! {
             r = status.wait_for(|s| s.is_primary) => if r.is_err() { return },
@@ -131,6 +161,7 @@ pub async fn run(
         let session = Session {
             store: store.clone(),
             client: client.clone(),
+            damaged: damaged.clone(),
             have: None,
         };
         if session.run(status.clone(), &mut shutdown).await {
@@ -143,6 +174,7 @@ pub async fn run(
 struct Session {
     store: Arc<Store>,
     client: Arc<dyn BackupClient>,
+    damaged: Arc<Damaged>,
     /// Where the backup is; unknown at first, and after a failure.
     have: Option<BTreeMap<String, Pos>>,
 }
@@ -191,6 +223,7 @@ impl Session {
             };
             let pause = tokio::select! {
                 () = again => Duration::ZERO,
+                () = self.damaged.noticed.notified() => Duration::ZERO,
                 names = changes.changed() => {
                     if let Some(due) = &mut due {
                         due.extend(names);
@@ -236,18 +269,35 @@ impl Session {
         mut self,
         due: Option<BTreeSet<String>>,
     ) -> (Session, Option<Undone>) {
-        let (store, client) = (self.store.clone(), self.client.clone());
-        let done = tokio::task::spawn_blocking(move || {
+        let (store, client, damaged) = (
+            self.store.clone(),
+            self.client.clone(),
+            self.damaged.clone(),
+        );
+        let mut round = tokio::task::spawn_blocking(move || {
             let undone = self.round(due);
             (self, undone)
         });
-        match done.await {
+        let done = loop {
+            match timeout(SLOW, &mut round).await {
+                Ok(done) => break done,
+                Err(_) => {
+                    let place = client.place();
+                    warn!(
+                        place,
+                        "the backup has not taken what it was given for a minute: if it hangs, look at the disk or network that it is on"
+                    );
+                }
+            }
+        };
+        match done {
             Ok(done) => done,
             Err(e) => {
                 let error = BackupError::io("back up", ".")(std::io::Error::other(e));
                 let session = Session {
                     store,
                     client,
+                    damaged,
                     have: None,
                 };
                 let undone = Undone {
@@ -266,7 +316,7 @@ impl Session {
                 error,
             })
         };
-        let (mut have, due) = match (self.have.take(), due) {
+        let (mut have, mut due) = match (self.have.take(), due) {
             (Some(have), Some(due)) => (have, due),
             _ => match self.begin() {
                 Ok(have) => {
@@ -277,10 +327,18 @@ impl Session {
                 Err(e) => return failed(e),
             },
         };
+        let damaged = self.damaged.take();
+        due.extend(damaged.keys().cloned());
         let mut undone: Option<Undone> = None;
         for name in due {
             let at = have.get(&name).copied().unwrap_or_default();
-            match self.sync(&name, at) {
+            let synced = match damaged.get(&name) {
+                Some(what) => self.renew(&name, what).inspect_err(|_| {
+                    self.damaged.note(name.clone(), what.clone());
+                }),
+                None => self.sync(&name, at),
+            };
+            match synced {
                 Ok(pos) => {
                     have.insert(name, pos);
                 }
@@ -329,10 +387,46 @@ impl Session {
             }
             let Some(db) = db else { return Ok(backup) };
             let mut batch = self.batch(&db, backup)?;
-            self.client.write(name, &mut batch)?;
+            match self.client.write(name, &mut batch) {
+                Ok(()) => {}
+                Err(e) if e.is_damage() => return self.renew(name, &e.to_string()),
+                Err(e) => return Err(e),
+            }
             backup = batch.end();
             db.note_backed_up(backup.txid);
         }
+    }
+
+    /// Begins a new chain in the place of a damaged one; the position of its snapshot.
+    fn renew(&self, name: &str, what: &str) -> Result<Pos, BackupError> {
+        let Some(db) = self.store.database(name).filter(|d| !d.pos().is_zero()) else {
+            return Ok(Pos::default());
+        };
+        error!(
+            db = name,
+            what, "the backup is damaged: a new snapshot takes its place"
+        );
+        let mut batch = self.snapshot(&db, false)?;
+        self.client.write(name, &mut batch)?;
+        db.note_backup_damage(what);
+        db.note_backed_up(batch.end().txid);
+        Ok(batch.end())
+    }
+
+    /// A snapshot of now. `continues`: the backup's end is in its past.
+    fn snapshot(&self, db: &Arc<Database>, continues: bool) -> Result<Batch, BackupError> {
+        let file = self.store.spool_file()?;
+        let mut out = BufWriter::with_capacity(1 << 20, &file);
+        let pos = db.snapshot()?.write_to(&mut out)?;
+        out.flush()
+            .map_err(BackupError::io("spool a snapshot of", db.name()))?;
+        drop(out);
+        Ok(Batch {
+            from: Pos::default(),
+            continues,
+            positions: vec![pos],
+            ltx: file,
+        })
     }
 
     fn restore(&self, name: &str, here: Pos, backup: Pos) -> Result<Pos, BackupError> {
@@ -371,16 +465,13 @@ impl Session {
             positions.push(at);
             records.push(record);
         }
+        if records.is_empty() {
+            return self.snapshot(db, backup.is_zero() || db.log_follows(backup)?);
+        }
         let file = self.store.spool_file()?;
         let spooled = |e| BackupError::io("spool transactions of", db.name())(e);
         let mut out = BufWriter::with_capacity(1 << 20, &file);
-        let (mut from, mut continues) = (backup, true);
         match &records[..] {
-            [] => {
-                continues = backup.is_zero() || db.log_follows(backup)?;
-                from = Pos::default();
-                positions = vec![db.snapshot()?.write_to(&mut out)?];
-            }
             [one] => out.write_all(&one.bytes).map_err(spooled)?,
             many => {
                 let files = many.iter().map(|r| &r.bytes[..]).collect();
@@ -390,8 +481,8 @@ impl Session {
         out.flush().map_err(spooled)?;
         drop(out);
         Ok(Batch {
-            from,
-            continues,
+            from: backup,
+            continues: true,
             positions,
             ltx: file,
         })

@@ -78,7 +78,7 @@ pub(super) fn run(args: MountArgs) -> ExitCode {
     let options = node::Options {
         skip_unmount: args.skip_unmount,
     };
-    runtime.block_on(async {
+    let code = runtime.block_on(async {
         let e = match node::run(config, options).await {
             Ok(code) => return ExitCode::from(code),
             Err(e) => e,
@@ -89,7 +89,10 @@ pub(super) fn run(args: MountArgs) -> ExitCode {
             until_signalled().await;
         }
         ExitCode::FAILURE
-    })
+    });
+    // Not waiting for a thread that a disk or a network file system lets stand.
+    runtime.shutdown_background();
+    code
 }
 
 /// The configuration that the arguments name, with what they say themselves put in.

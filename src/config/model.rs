@@ -63,6 +63,11 @@ pub struct DataConfig {
     /// How often transactions past their retention are looked for; 0: never, everything is kept.
     /// Default 1 minute.
     pub retention_monitor_interval: Duration,
+    /// How long after a look at everything that is stored the next begins; 0: never. Default 24
+    /// hours. LiteFS does not have it.
+    pub scrub_interval: Duration,
+    /// How many MB a second that look reads. Default 4. LiteFS does not have it.
+    pub scrub_rate: u64,
 }
 
 /// An entry of `exec`.
@@ -371,6 +376,8 @@ impl Default for Config {
                 compress: true,
                 retention: Duration::from_secs(600),
                 retention_monitor_interval: Duration::from_secs(60),
+                scrub_interval: Duration::from_secs(24 * 3600),
+                scrub_rate: 4,
             },
             exec: Vec::new(),
             exit_on_error: true,

@@ -33,6 +33,8 @@ pub fn config(mut root: Section) -> Result<Config> {
             "retention-monitor-interval",
             &mut c.data.retention_monitor_interval,
         )?;
+        s.set("scrub-interval", &mut c.data.scrub_interval)?;
+        s.set("scrub-rate", &mut c.data.scrub_rate)?;
         s.finish()?;
     }
     if let Some(node) = root.node("exec") {

@@ -33,6 +33,10 @@ fn an_empty_file_is_a_single_static_primary() {
         (c.http.addr.as_str(), c.http.snapshot_timeout),
         (":20202", secs(600))
     );
+    assert_eq!(
+        (c.data.scrub_interval, c.data.scrub_rate),
+        (secs(24 * 3600), 4)
+    );
     assert_eq!(c.lease.kind, LeaseKind::Static);
     assert_eq!(
         (c.lease.reconnect_delay, c.lease.demote_delay),
@@ -54,7 +58,7 @@ fn every_key_is_read() {
     let c = parse(
         "
 fuse: {dir: /m, allow-other: true, debug: yes}
-data: {dir: /d, compress: false, retention: 1h, retention-monitor-interval: 0}
+data: {dir: /d, compress: false, retention: 1h, retention-monitor-interval: 0, scrub-interval: 12h, scrub-rate: 20}
 exec:
   - cmd: migrate up
     if-candidate: true
@@ -119,6 +123,8 @@ tracing: {enabled: false, path: /t, max-size: 1, max-count: 2, compress: false}
             compress: false,
             retention: secs(3600),
             retention_monitor_interval: Duration::ZERO,
+            scrub_interval: secs(12 * 3600),
+            scrub_rate: 20,
         },
         exec: vec![
             ExecConfig {
@@ -290,6 +296,8 @@ fn mistakes_are_named_with_file_line_and_key() {
             "t.yml:2: data.retention: \"10\" is no duration",
         ),
         ("data: {retention: -1s}", "negative"),
+        ("data: {scrub-rate: 0}", "from 1 to"),
+        ("data: {scrub-rate: fast}", "whole number"),
         (
             "http: {addr: localhost}",
             "t.yml:1: http.addr: must be HOST:PORT",

@@ -12,6 +12,9 @@ use super::section::Source;
 
 type Result<T> = std::result::Result<T, ConfigError>;
 
+/// MB a second: more than any disk, and no overflow.
+const MAX_SCRUB_RATE: u64 = 100_000;
+
 /// Checks `c` and completes it. `source` knows where each key was.
 pub fn complete(c: &mut Config, source: &Source) -> Result<()> {
     directories(c, source)?;
@@ -24,6 +27,12 @@ pub fn complete(c: &mut Config, source: &Source) -> Result<()> {
     let Some((_, port)) = split_addr(&c.http.addr) else {
         return Err(bad_addr(source, "http.addr", &c.http.addr));
     };
+    if !(1..=MAX_SCRUB_RATE).contains(&c.data.scrub_rate) {
+        let problem = format!(
+            "must be from 1 to {MAX_SCRUB_RATE} (MB a second); a scrub-interval of 0 is none"
+        );
+        return Err(source.invalid("data.scrub-rate", problem));
+    }
     if c.tracing.max_size == 0 {
         return Err(source.invalid("tracing.max-size", "must be 1 (MB) or more"));
     }

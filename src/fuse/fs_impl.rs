@@ -135,6 +135,21 @@ impl TenureFs {
         }
     }
 
+    fn may_write(f: &FileNode, flags: WriteFlags, thread: u32) -> Result<(), StoreError> {
+        if flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            return f.db.check_mapped_write(&f.file);
+        }
+        f.db.check_caller(&f.file, thread)
+    }
+
+    /// Anybody may drop a database; its other files are SQLite's.
+    fn may_unlink(db: &Arc<Database>, kind: FileKind, thread: u32) -> Result<(), StoreError> {
+        match db.file(kind).filter(|_| kind != FileKind::Database) {
+            Some(file) => db.check_caller(&file, thread),
+            None => Ok(()),
+        }
+    }
+
     fn open_flags(node: &Node) -> FopenFlags {
         match node {
             Node::File(_) | Node::Super(_) => {
@@ -263,7 +278,7 @@ impl Filesystem for TenureFs {
 
     fn setattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _mode: Option<u32>,
         _uid: Option<u32>,
@@ -297,6 +312,11 @@ impl Filesystem for TenureFs {
             Ok(a) => reply.attr(&attr::ttl(&shown), &a),
             Err(e) => reply.error(errno(&e)),
         };
+        if let (Node::File(f), Some(_)) = (&node, size)
+            && let Err(e) = f.db.check_caller(&f.file, req.pid())
+        {
+            return done(Err(e));
+        }
         match (node, size) {
             (Node::File(f), Some(size)) => f.db.truncate(&f.file, size, Box::new(done)),
             (Node::Super(j), Some(size)) if !j.truncate(size) => done(Err(StoreError::Refused {
@@ -429,12 +449,12 @@ impl Filesystem for TenureFs {
 
     fn write(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
         data: &[u8],
-        _write_flags: WriteFlags,
+        write_flags: WriteFlags,
         _flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
@@ -448,6 +468,11 @@ impl Filesystem for TenureFs {
             return reply.error(Errno::ESTALE);
         };
         let written = data.len() as u32;
+        if let Node::File(f) = &node
+            && let Err(e) = Self::may_write(f, write_flags, req.pid())
+        {
+            return reply.error(errno(&e));
+        }
         match node {
             Node::File(f) => f.db.write(
                 &f.file,
@@ -513,14 +538,17 @@ impl Filesystem for TenureFs {
         }
     }
 
-    fn unlink(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+    fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
         let _turn = self.crew.turn();
         let reply = self.watch.writes("unlink", About::Name(name), reply);
         self.crew.note_wait();
         let name = name.to_str().filter(|_| parent.0 == ROOT);
         match name.map(Name::parse) {
             Some(Name::File(kind, db)) => match self.store.database(db) {
-                Some(db) => db.unlink(kind, Box::new(answer(reply))),
+                Some(db) => match Self::may_unlink(&db, kind, req.pid()) {
+                    Ok(()) => db.unlink(kind, Box::new(answer(reply))),
+                    Err(e) => reply.error(errno(&e)),
+                },
                 None => reply.error(Errno::ENOENT),
             },
             Some(Name::SuperJournal(name)) => answer(reply)(self.store.unlink_super_journal(name)),

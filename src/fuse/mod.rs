@@ -15,13 +15,14 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use fuser::{Config, INodeNo, MountOption, Notifier, Session, SessionACL};
 use tokio::sync::watch;
 
-use crate::store::front::Front;
+use crate::store::front::{Front, Holders};
 use crate::store::{LOCK_DIR, Store};
 
 mod attr;
@@ -110,7 +111,12 @@ impl Mount {
             .spawn(serve)
             .map_err(failed)?;
         let root = open_root(&dir).map_err(failed)?;
-        store.set_front(Some(Arc::new(Kernel { root, notifier })));
+        let device = root.metadata().map_err(failed)?.dev();
+        store.set_front(Some(Arc::new(Kernel {
+            root,
+            device,
+            notifier,
+        })));
         let locks = dir.join(LOCK_DIR);
         if let Err(e) = mount_locks(store, &locks, options) {
             tracing::warn!(error = %e, "there are no -lock files, so that this node, as a replica, can take no halt locks: {} cannot be mounted", locks.display());
@@ -202,6 +208,8 @@ fn open_root(dir: &Path) -> io::Result<File> {
 /// The kernel's side of the mount, as the store uses it.
 struct Kernel {
     root: File,
+    /// The mount's device number.
+    device: u64,
     notifier: Notifier,
 }
 
@@ -240,6 +248,67 @@ impl Front for Kernel {
         if let Err(e) = self.notifier.inval_entry(INodeNo::ROOT, name) {
             log_unless_unknown(&e, "entry");
         }
+    }
+
+    fn lock_holders(&self, inos: &[u64]) -> Option<Holders> {
+        let text = fs::read_to_string("/proc/locks").ok()?;
+        Some(holders(&text, self.device, inos))
+    }
+}
+
+/// Of the kernel's list of locks, those on these inodes of a device.
+fn holders(list: &str, device: u64, inos: &[u64]) -> Holders {
+    let (major, minor) = (libc::major(device), libc::minor(device));
+    let files: Vec<String> = inos
+        .iter()
+        .map(|ino| format!("{major:02x}:{minor:02x}:{ino}"))
+        .collect();
+    let mut found = Holders::default();
+    // 1: POSIX  ADVISORY  WRITE 6294 00:27:9114 1073741824 1073742335; who waits is marked by "->".
+    for line in list.lines().filter(|l| !l.contains("->")) {
+        let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+        let [_, kind, _, _, process, file, ..] = fields[..] else {
+            continue;
+        };
+        if !files.iter().any(|f| f == file) {
+            continue;
+        }
+        match (kind, process.parse()) {
+            ("POSIX", Ok(process)) => found.processes.push(process),
+            ("OFDLCK", _) => found.unknown = true,
+            _ => {}
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holders_are_read_from_the_kernels_list() {
+        let list = "\
+1: POSIX  ADVISORY  WRITE 6294 00:27:9114 1073741824 1073742335
+1: -> POSIX  ADVISORY  WRITE 77 00:27:9114 120 120
+2: FLOCK  ADVISORY  WRITE 12408 00:27:9114 0 EOF
+3: OFDLCK ADVISORY  READ -1 00:27:5 128 128
+4: POSIX  ADVISORY  READ 11 fe:00:9114 128 128
+5: POSIX  ADVISORY  READ 12 00:27:91 128 128
+";
+        let device = libc::makedev(0, 0x27);
+        let only = |processes: &[u32], unknown| Holders {
+            processes: processes.to_vec(),
+            unknown,
+        };
+        assert_eq!(holders(list, device, &[9114]), only(&[6294], false));
+        assert_eq!(holders(list, device, &[9114, 91]), only(&[6294, 12], false));
+        assert_eq!(holders(list, device, &[5]), only(&[], true));
+        assert_eq!(
+            holders(list, libc::makedev(0xfe, 0), &[9114]),
+            only(&[11], false)
+        );
+        assert_eq!(holders("", device, &[9114]), only(&[], false));
     }
 }
 

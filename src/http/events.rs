@@ -24,6 +24,7 @@ enum Line<'a> {
     Tx { db: &'a str, data: Tx },
     PrimaryChange { data: Primary<'a> },
     Divergent { db: &'a str, data: Divergent },
+    Fault { db: &'a str, data: Fault<'a> },
 }
 
 #[derive(Serialize)]
@@ -53,6 +54,13 @@ struct Divergent {
     #[serde(rename = "maxTXID")]
     max_txid: String,
     path: String,
+}
+
+#[derive(Serialize)]
+struct Fault<'a> {
+    file: &'static str,
+    what: &'a str,
+    action: &'static str,
 }
 
 /// The first line of the answer.
@@ -103,6 +111,19 @@ fn event_line(event: &Event) -> Bytes {
                 min_txid: format!("{from:016x}"),
                 max_txid: format!("{to:016x}"),
                 path: path.display().to_string(),
+            },
+        },
+        Event::Fault {
+            db,
+            place,
+            what,
+            action,
+        } => Line::Fault {
+            db,
+            data: Fault {
+                file: place.name(),
+                what,
+                action: action.name(),
             },
         },
     })
@@ -206,6 +227,18 @@ mod tests {
             path: "/data/divergent/c.db/1795380417814".into(),
         };
         let want = "{\"type\":\"divergent\",\"db\":\"c.db\",\"data\":{\"minTXID\":\"000000000000000a\",\"maxTXID\":\"000000000000001f\",\"path\":\"/data/divergent/c.db/1795380417814\"}}\n";
+        assert_eq!(event_line(&event), want);
+    }
+
+    #[test]
+    fn a_fault_is_described() {
+        let event = Event::Fault {
+            db: "c.db".into(),
+            place: crate::store::FaultPlace::Checksums,
+            what: "its header".into(),
+            action: crate::store::FaultAction::Repaired,
+        };
+        let want = "{\"type\":\"fault\",\"db\":\"c.db\",\"data\":{\"file\":\"checksums\",\"what\":\"its header\",\"action\":\"repaired\"}}\n";
         assert_eq!(event_line(&event), want);
     }
 

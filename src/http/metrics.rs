@@ -66,6 +66,7 @@ pub(super) fn gather(api: &Api) -> Result<Vec<u8>, prometheus::Error> {
     let registry = Registry::new();
     node(api, &registry)?;
     databases(api, &registry)?;
+    faults(api, &registry)?;
     streams(api, &registry)?;
     let mut text = Vec::new();
     TextEncoder::new().encode(&registry.gather(), &mut text)?;
@@ -157,6 +158,57 @@ fn databases(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
     register(registry, count)?;
     register(registry, bytes)?;
     register(registry, lag)
+}
+
+fn faults(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
+    let stats = api.store.fault_stats();
+    for (name, help, value) in [
+        (
+            "tenure_scrub_bytes_total",
+            "Bytes of stored data that were read and compared.",
+            &stats.bytes,
+        ),
+        (
+            "tenure_scrub_pages_total",
+            "Database pages that were compared with their checksums.",
+            &stats.pages,
+        ),
+        (
+            "tenure_scrub_records_total",
+            "Log records that were compared with their checksums.",
+            &stats.records,
+        ),
+        (
+            "tenure_scrub_passes_total",
+            "Times that everything stored was looked at.",
+            &stats.passes,
+        ),
+    ] {
+        let counter = prometheus::IntCounter::new(name, help)?;
+        counter.inc_by(value.load(Ordering::Relaxed));
+        register(registry, counter)?;
+    }
+    let last = prometheus::Gauge::new(
+        "tenure_scrub_last_pass_timestamp_seconds",
+        "When everything stored had last been looked at; 0: not yet.",
+    )?;
+    last.set(stats.last_pass.load(Ordering::Relaxed) as f64 / 1000.0);
+    register(registry, last)?;
+    let found = IntCounterVec::new(
+        Opts::new(
+            "tenure_scrub_faults_total",
+            "Stored bytes that were not what was written, by database.",
+        ),
+        &["db"],
+    )?;
+    // All of them, so that a rate can be taken from the first one on.
+    for db in api.store.names() {
+        found.with_label_values(&[&db]);
+    }
+    for (db, count) in stats.faults() {
+        found.with_label_values(&[&db]).inc_by(count);
+    }
+    register(registry, found)
 }
 
 fn streams(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {

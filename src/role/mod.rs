@@ -372,6 +372,7 @@ impl Node {
         let leaser = Arc::clone(&self.leaser);
         let news = another_primary(leaser.as_ref(), &primary);
         tokio::pin!(news);
+        let mut refetch = self.store.refetch();
         let (mut watching, mut stopping) = (true, false);
         let ended = loop {
             tokio::select! {
@@ -380,6 +381,10 @@ impl Node {
                 ended = &mut stream => break ended.unwrap_or(Err(StreamError::Panic)),
                 () = stopped(stop), if !stopping => {
                     stopping = true;
+                    cancel.send_replace(true);
+                }
+                // A database is set aside: the next stream begins without it, and brings it.
+                Ok(()) = refetch.changed() => {
                     cancel.send_replace(true);
                 }
                 () = &mut news, if watching => {

@@ -17,6 +17,8 @@ use super::sums::{self, SumsHeader};
 
 /// Bytes of log after the last checkpoint that make the next one due.
 pub(super) const LOG_BYTES: u64 = 16 << 20;
+/// Blocks of checksums that the scrub compares at a time: 128 KiB.
+const COMPARED_BLOCKS: u32 = 32;
 
 impl Database {
     /// Asks for a checkpoint if a recovery would have much to read.
@@ -35,8 +37,41 @@ impl Database {
         }
     }
 
+    /// Compares some of the checksum file, from this block on, with what is saved in it: how many
+    /// bytes that were, what is wrong, and where to go on.
+    pub(super) fn compare_checksums(
+        &self,
+        block: u32,
+    ) -> Result<(u64, Option<String>, Option<u32>), StoreError> {
+        // The file stands still; what changes in memory meanwhile is not in it yet.
+        let _one = self.checkpointing.lock();
+        let next = block.saturating_add(COMPARED_BLOCKS);
+        let (header, entries, blocks) = {
+            let st = self.lock();
+            if st.broken.is_some() || st.saved.pos.is_zero() {
+                return Ok((0, None, None));
+            }
+            let entries = st.sums.saved_entries(block..next);
+            (st.saved, entries, st.sums.blocks())
+        };
+        let odd = sums::compare(self.disk(), &self.dir.join("checksums"), &header, &entries)?;
+        let read = entries.iter().map(|(_, e)| e.len() as u64).sum();
+        Ok((read, odd, (next < blocks).then_some(next)))
+    }
+
+    /// Saves all checksums again.
+    pub(super) fn save_checksums_anew(self: &Arc<Self>) -> Result<(), StoreError> {
+        self.lock().sums.mark_all_dirty();
+        self.save_checkpoint(true)
+    }
+
     /// Saves a checkpoint of now.
     pub(super) fn checkpoint(self: &Arc<Self>) -> Result<(), StoreError> {
+        self.save_checkpoint(false)
+    }
+
+    /// `again`: also if the position is saved already.
+    fn save_checkpoint(self: &Arc<Self>, again: bool) -> Result<(), StoreError> {
         let _one = self.checkpointing.lock();
         let (changes, header, file) = {
             let mut st = self.lock();
@@ -44,7 +79,7 @@ impl Database {
             let Some(pos) = self.redo_position(&st)? else {
                 return Ok(());
             };
-            if pos == st.saved.pos {
+            if pos == st.saved.pos && !again {
                 return Ok(());
             }
             let header = SumsHeader {

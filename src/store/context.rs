@@ -15,8 +15,10 @@ use tokio::sync::{Notify, broadcast};
 
 use crate::ltx::Pos;
 
+use super::clients::Clients;
 use super::database::Database;
 use super::disk::{Disk, Real};
+use super::fault::{Action, FaultStats, Place, Refetch};
 use super::forward::Primary;
 use super::front::Front;
 use super::gate::Gate;
@@ -125,6 +127,17 @@ pub enum Event {
         /// The directory that holds them, as LTX files.
         path: PathBuf,
     },
+    /// Stored bytes were not what was written.
+    Fault {
+        /// The database.
+        db: String,
+        /// Which of its files.
+        place: Place,
+        /// Where in it, and what is wrong there.
+        what: String,
+        /// What was done about it.
+        action: Action,
+    },
 }
 
 /// Events that a reader may fall behind before it is cut off.
@@ -153,6 +166,12 @@ pub struct Context {
     unflushed: Mutex<Vec<Weak<Database>>>,
     flusher: std::sync::OnceLock<std::thread::Thread>,
     flusher_busy: AtomicBool,
+    /// Who has been seen to hold locks.
+    pub(super) clients: Clients,
+    /// What was looked at for faults, and found.
+    pub faults: FaultStats,
+    /// Rung when a replica has a database to fetch again.
+    pub(super) refetch: Refetch,
 }
 
 /// Work for the keeper thread, which holds no lock of the store while it waits.
@@ -161,6 +180,8 @@ pub enum Job {
     CheckIndex(Arc<Database>),
     /// Save page checksums and the position, so that the log before it is needed no more.
     Checkpoint(Arc<Database>),
+    /// Look at what readers of a database found rotten.
+    Mend(Arc<Database>),
     /// Tell the kernel that these names changed.
     InvalidateEntries(Vec<String>),
     /// Tell the kernel that the bytes of this inode changed.
@@ -214,6 +235,9 @@ impl Context {
             unflushed: Mutex::new(Vec::new()),
             flusher: std::sync::OnceLock::new(),
             flusher_busy: AtomicBool::new(false),
+            clients: Clients::default(),
+            faults: FaultStats::default(),
+            refetch: Refetch::default(),
         });
         let Some(job_queue) = job_queue else {
             return context;
@@ -361,6 +385,7 @@ fn run(job: Job, front: Option<Arc<dyn Front>>, wait: Duration) {
     match (job, front) {
         (Job::CheckIndex(db), _) => db.check_index(wait),
         (Job::Checkpoint(db), _) => db.checkpoint_or_warn(),
+        (Job::Mend(db), _) => db.mend_suspects(),
         (Job::InvalidateEntries(names), Some(front)) => {
             names.iter().for_each(|n| front.invalidate_entry(n));
         }

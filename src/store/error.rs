@@ -87,6 +87,16 @@ pub enum StoreError {
         /// What was refused, and what to do instead.
         what: String,
     },
+    /// A program that holds none of SQLite's locks would change a file of a database in use.
+    #[error(
+        "{file}: thread {thread} would change it, holds none of SQLite's locks, and others use the database: only SQLite may (to load a file, use import)"
+    )]
+    Busy {
+        /// The file's name in the mount.
+        file: String,
+        /// The thread's ID.
+        thread: u32,
+    },
     /// The file was deleted while it was open.
     #[error("{0} was deleted")]
     Deleted(String),
@@ -161,6 +171,7 @@ impl StoreError {
                 _ => libc::EIO,
             },
             StoreError::NotPrimary(_) => libc::EACCES,
+            StoreError::Busy { .. } => libc::EBUSY,
             StoreError::Name(_) => libc::EINVAL,
             StoreError::NoDatabase(_) => libc::ENOENT,
             _ => libc::EIO,

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crate::ltx;
 use crate::sqlite::journal;
 
 use super::capture::{Shape, WalPlace};
@@ -22,6 +23,28 @@ pub type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
 /// Bytes that may be written to a super-journal, journal or WAL index: far more than SQLite does.
 const MAX_FILE_SIZE: u64 = 1 << 46;
+
+impl State {
+    /// Of bytes that were read from the database file, the first whole page that is not what is
+    /// committed, though it must be.
+    fn rotten_page(&self, f: &DbFile, offset: u64, bytes: &[u8]) -> Option<u32> {
+        let size = u64::from(self.page_size);
+        let current = self.files.database.as_ref().is_some_and(|d| d.ino == f.ino);
+        if size == 0 || !current {
+            return None;
+        }
+        let first = offset.div_ceil(size);
+        let skipped = usize::try_from(first * size - offset).ok()?;
+        let pages = bytes.get(skipped..)?.chunks_exact(size as usize);
+        (first..).zip(pages).find_map(|(index, page)| {
+            let pgno = u32::try_from(index + 1).ok()?;
+            let (at, end) = (index * size, (index + 1) * size);
+            let committed =
+                self.is_in_file(pgno) && end <= self.base_size && !self.overlay.overlaps(at, size);
+            (committed && ltx::page_checksum(pgno, page) != self.sums.get(pgno)).then_some(pgno)
+        })
+    }
+}
 
 impl Database {
     /// The file of this kind, if it exists at the moment.
@@ -79,14 +102,25 @@ impl Database {
     }
 
     /// Copies bytes out; returns how many there were before the end of the file.
-    pub fn read(&self, f: &DbFile, offset: u64, buf: &mut [u8]) -> Result<usize, StoreError> {
+    ///
+    /// # Errors
+    /// [`StoreError::Corrupt`] if pages of the database are not what was written, and whatever is
+    /// asked for once the database is set aside.
+    pub fn read(
+        self: &Arc<Self>,
+        f: &DbFile,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<usize, StoreError> {
         let read = |buf: &mut [u8]| {
             read_some(&*f.file, offset, buf).map_err(StoreError::io("read", self.path(f.kind)))
         };
         if f.kind != FileKind::Database || f.is_deleted() {
+            self.check_usable(&self.lock())?;
             return read(buf);
         }
-        let st = self.lock();
+        let mut st = self.lock();
+        self.check_usable(&st)?;
         let end = st.view_size.min(offset + buf.len() as u64);
         let want = end.saturating_sub(offset) as usize;
         let buf = &mut buf[..want];
@@ -94,11 +128,22 @@ impl Database {
             drop(st);
             let n = read(buf)?;
             buf[n..].fill(0);
-            return Ok(want);
+            st = self.lock();
+            if st.rotten_page(f, offset, buf).is_none() {
+                return Ok(want);
+            }
+            // Or it was written between the two.
         }
         self.read_view(&st, offset, buf)
             .map_err(StoreError::io("read", self.path(f.kind)))?;
-        Ok(want)
+        let Some(pgno) = st.rotten_page(f, offset, buf) else {
+            return Ok(want);
+        };
+        self.suspect(&mut st, pgno);
+        let what = format!("page {pgno} does not match its checksum: it is not handed out");
+        let e = StoreError::corrupt(self.path(f.kind), what);
+        self.warn_rarely(&e);
+        Err(e)
     }
 
     /// Writes bytes.

@@ -7,6 +7,15 @@
 use std::fs::File;
 use std::io;
 
+/// Who holds locks on some files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Holders {
+    /// The IDs of processes.
+    pub processes: Vec<u32>,
+    /// There are locks that belong to no process.
+    pub unknown: bool,
+}
+
 /// The mount, as the store needs it.
 pub trait Front: Send + Sync {
     /// Opens a file by its name in the mount, for reading and writing, the way an application
@@ -20,4 +29,8 @@ pub trait Front: Send + Sync {
 
     /// Forgets what the kernel knows of the name, its absence included.
     fn invalidate_entry(&self, name: &str);
+
+    /// Who holds locks on any of these inodes; `None`: it cannot be told. May be called with locks
+    /// held.
+    fn lock_holders(&self, inos: &[u64]) -> Option<Holders>;
 }

@@ -36,6 +36,9 @@ const SEGMENT_SIZE: u64 = 4 << 20;
 const FIRST_ALLOCATION: u64 = 64 << 10;
 /// The segment of a snapshot that is to replace the log.
 pub(super) const REPLACEMENT: &str = "replacement";
+/// The segment of a snapshot that is being written and may replace the log when it is whole. A start
+/// does not look at it.
+const ASIDE: &str = "aside";
 /// How much of a record is gathered before it is written.
 const WRITE_BUFFER: usize = 1 << 20;
 
@@ -48,6 +51,7 @@ pub struct Log {
     dir: PathBuf,
     /// A segment older than this is followed by a new one, so that retention can remove it.
     segment_age: Duration,
+    cut: bool,
     inner: Mutex<Inner>,
     flush: Mutex<FlushState>,
     /// Told the TXID up to which the log is on disk, before anybody who waits for it, and with the
@@ -67,6 +71,8 @@ struct Inner {
     history: u64,
     /// Files of ended segments, and directories, that the next flush must sync too.
     unsynced: Vec<File>,
+    /// The next record begins a new segment.
+    ended: bool,
     /// Why nothing more can be appended.
     failed: Option<String>,
 }
@@ -107,8 +113,9 @@ impl Log {
         segment_age: Duration,
         verified: u64,
     ) -> Result<Log, StoreError> {
-        let segments = log_recovery::open(&*options.disk, dir, verified)?;
-        let log = Log::of(options, dir, segment_age, segments, None);
+        let opened = log_recovery::open(&*options.disk, dir, verified)?;
+        let mut log = Log::of(options, dir, segment_age, opened.segments, None);
+        log.cut = opened.cut;
         log.sync_opened()?;
         Ok(log)
     }
@@ -137,6 +144,7 @@ impl Log {
             random: options.random.clone(),
             dir: dir.to_owned(),
             segment_age,
+            cut: false,
             inner: Mutex::new(Inner {
                 segments,
                 began: Instant::now(),
@@ -144,6 +152,7 @@ impl Log {
                 flushed_txid,
                 history: 0,
                 unsynced: Vec::new(),
+                ended: false,
                 failed,
             }),
             flush: Mutex::new(FlushState {
@@ -153,6 +162,11 @@ impl Log {
             }),
             on_flushed: OnceLock::new(),
         }
+    }
+
+    /// Whether a record at its end was lost when it was opened, torn or rotten.
+    pub fn was_cut(&self) -> bool {
+        self.cut
     }
 
     /// Removes every record.
@@ -248,7 +262,7 @@ impl Log {
         let replaces = min_txid == 1 && last > 0;
         let rotate = match inner.segments.back() {
             None => true,
-            Some(_) if replaces || min_txid != max_txid => true,
+            Some(_) if replaces || min_txid != max_txid || inner.ended => true,
             Some(s) => s.tail > SEGMENT_SIZE || inner.began.elapsed() > self.segment_age,
         };
         if rotate {
@@ -301,6 +315,7 @@ impl Log {
         inner.unsynced.push(dir);
         inner.segments.push_back(new);
         inner.began = Instant::now();
+        inner.ended = false;
         Ok(())
     }
 
@@ -308,6 +323,114 @@ impl Log {
         self.disk
             .open(dir, Open::Read)
             .map_err(StoreError::io("open directory", dir))
+    }
+
+    /// The segments as they are now; what is appended later is not in them.
+    pub fn segments(&self) -> Vec<Segment> {
+        self.inner.lock().segments.iter().cloned().collect()
+    }
+
+    /// Whether this segment is still a part of the log.
+    pub fn still_has(&self, segment: &Segment) -> bool {
+        let inner = self.inner.lock();
+        inner.segments.iter().any(|s| s.salt == segment.salt)
+    }
+
+    /// Whether this segment is the one that is appended to.
+    pub fn ends_with(&self, segment: &Segment) -> bool {
+        let inner = self.inner.lock();
+        inner
+            .segments
+            .back()
+            .is_some_and(|s| s.salt == segment.salt)
+    }
+
+    /// Has the next record begin a new segment.
+    pub fn end_segment(&self) {
+        self.inner.lock().ended = true;
+    }
+
+    /// The first TXID of the newest record that begins before this one.
+    pub fn start_before(&self, txid: u64) -> Option<u64> {
+        let inner = self.inner.lock();
+        let newest_first = inner.segments.iter().rev().filter(|s| !s.is_empty());
+        newest_first
+            .filter(|s| s.first_min < txid)
+            .map(|s| {
+                let last = s.last_txid().unwrap_or(s.first_max).min(txid - 1);
+                if last > s.first_max {
+                    last
+                } else {
+                    s.first_min
+                }
+            })
+            .next()
+    }
+
+    /// Writes a segment beside the log whose one record is a snapshot up to `max_txid`. The log is
+    /// not locked meanwhile.
+    pub fn write_aside(
+        &self,
+        max_txid: u64,
+        write: impl FnOnce(&mut dyn Write) -> Result<(), StoreError>,
+    ) -> Result<Segment, StoreError> {
+        let path = self.dir.join(ASIDE);
+        let mut segment =
+            Segment::create(&*self.disk, path.clone(), self.random.next(), 1, max_txid)?;
+        let mut body = Body {
+            file: segment.file.clone(),
+            at: segment.tail + RECORD_HEADER_SIZE as u64,
+            length: 0,
+            crc: crc_fast::Digest::new(Crc64GoIso),
+        };
+        let mut out = io::BufWriter::with_capacity(WRITE_BUFFER, &mut body);
+        write(&mut out)?;
+        let failed = |e| StoreError::io("write log segment", &path)(e);
+        out.into_inner().map_err(|e| failed(e.into_error()))?;
+        let header = RecordHeader {
+            length: body.length,
+            min_txid: 1,
+            max_txid,
+            flushed_txid: 0,
+            body_crc: body.crc.finalize(),
+        };
+        let end = segment.tail + header.disk_size();
+        segment
+            .file
+            .write_all_at(&header.encode(segment.salt), segment.tail)
+            .and_then(|()| segment.file.set_len(end))
+            .and_then(|()| segment.file.sync_all())
+            .map_err(failed)?;
+        segment.allocated = end;
+        segment.push(&header);
+        Ok(segment)
+    }
+
+    /// Gives up what [`Log::write_aside`] wrote.
+    pub fn forget_aside(&self) {
+        // It is overwritten the next time, should it stay.
+        let _ = self.disk.remove_file(&self.dir.join(ASIDE));
+    }
+
+    /// Puts what [`Log::write_aside`] wrote in the place of the log, which must end with the same
+    /// transaction.
+    pub fn replace_with(&self, mut segment: Segment) -> Result<(), StoreError> {
+        let mut inner = self.inner.lock();
+        assert_eq!(
+            Some(inner.last_txid()),
+            segment.last_txid(),
+            "a snapshot of another position would lose transactions"
+        );
+        let replacement = self.dir.join(REPLACEMENT);
+        self.disk
+            .rename(&segment.path, &replacement)
+            .map_err(StoreError::io("rename log segment", &segment.path))?;
+        segment.path = replacement;
+        let placed = inner.take_place(&*self.disk, segment);
+        if let Err(e) = &placed {
+            inner.failed = Some(format!("a snapshot could not take its place: {e}"));
+        }
+        placed
     }
 
     /// Calls `done` once everything appended so far is on disk: on this thread, before returning,
@@ -570,29 +693,35 @@ impl Appender<'_> {
         Ok(())
     }
 
-    /// A snapshot stands for everything: once it is on disk, the log before it goes.
     fn take_place(&mut self) -> Result<(), StoreError> {
-        let mut new = self.inner.segments.pop_back().expect("the snapshot's");
+        let new = self.inner.segments.pop_back().expect("the snapshot's");
+        self.inner.take_place(self.disk, new)
+    }
+}
+
+impl Inner {
+    /// A snapshot stands for everything: once it is on disk, the log before it goes.
+    fn take_place(&mut self, disk: &dyn Disk, mut new: Segment) -> Result<(), StoreError> {
+        let max_txid = new.first_max;
         new.file
             .sync_all()
             .map_err(StoreError::io("sync log segment", &new.path))?;
         let dir = new.path.parent().map(Path::to_owned).unwrap_or_default();
-        sync_dir(self.disk, &dir)?;
-        while let Some(s) = self.inner.segments.pop_front() {
-            self.disk
-                .remove_file(&s.path)
+        sync_dir(disk, &dir)?;
+        while let Some(s) = self.segments.pop_front() {
+            disk.remove_file(&s.path)
                 .map_err(StoreError::io("remove log segment", &s.path))?;
         }
-        let path = dir.join(segment::file_name(self.max_txid));
-        self.disk
-            .rename(&new.path, &path)
+        let path = dir.join(segment::file_name(max_txid));
+        disk.rename(&new.path, &path)
             .map_err(StoreError::io("rename log segment", &new.path))?;
-        sync_dir(self.disk, &dir)?;
+        sync_dir(disk, &dir)?;
         new.path = path;
-        self.inner.segments.push_back(new);
+        self.segments.push_back(new);
         // What was flushed before is of another history.
-        self.inner.flushed_txid = self.max_txid;
-        self.inner.history += 1;
+        self.flushed_txid = max_txid;
+        self.history += 1;
+        self.ended = false;
         Ok(())
     }
 }
@@ -610,6 +739,27 @@ impl Drop for Appender<'_> {
             let reason = format!("{} is empty and cannot be removed: {e}", s.path.display());
             self.inner.failed = Some(reason);
         }
+    }
+}
+
+/// The body of a record that is written outside of the log.
+struct Body {
+    file: File,
+    at: u64,
+    length: u64,
+    crc: crc_fast::Digest,
+}
+
+impl Write for Body {
+    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
+        self.file.write_all_at(buf, self.at + self.length)?;
+        self.crc.update(buf);
+        self.length += buf.len() as u64;
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

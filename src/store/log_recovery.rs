@@ -9,16 +9,20 @@ use super::error::StoreError;
 use super::log::REPLACEMENT;
 use super::segment::{self, Segment};
 
+/// A log as it was found.
+pub(super) struct Opened {
+    /// Its segments, with their whole records.
+    pub segments: VecDeque<Segment>,
+    /// Behind the last whole record stood another, which is lost: torn, or rotten.
+    pub cut: bool,
+}
+
 /// Opens the segments in `dir`, which need not exist. Records above `verified` are read and
 /// checked.
 ///
 /// # Errors
 /// Of the system, and when a record is damaged or missing that later ones say was on disk.
-pub(super) fn open(
-    disk: &dyn Disk,
-    dir: &Path,
-    verified: u64,
-) -> Result<VecDeque<Segment>, StoreError> {
+pub(super) fn open(disk: &dyn Disk, dir: &Path, verified: u64) -> Result<Opened, StoreError> {
     let mut names: Vec<u64> = Vec::new();
     match disk.list(dir) {
         Ok(entries) => {
@@ -69,7 +73,7 @@ fn open_segments(
     dir: &Path,
     names: &[u64],
     verified: u64,
-) -> Result<VecDeque<Segment>, StoreError> {
+) -> Result<Opened, StoreError> {
     let mut segments: VecDeque<Segment> = VecDeque::new();
     for name in names {
         let scanned = Segment::open(disk, &dir.join(segment::file_name(*name)), verified)?;
@@ -92,10 +96,11 @@ fn open_segments(
         check_torn(disk, dir, &dir.join(segment::file_name(*name)), missing)?;
     }
     remove_segments(disk, dir, torn)?;
-    if let Some(last) = segments.back() {
-        cut_tail(last)?;
-    }
-    Ok(segments)
+    let cut = match segments.back() {
+        Some(last) => cut_tail(last)?,
+        None => false,
+    };
+    Ok(Opened { segments, cut })
 }
 
 /// An error if what stands behind a segment's last whole record says that `missing` was on disk.
@@ -145,14 +150,26 @@ fn check_headerless(disk: &dyn Disk, path: &Path) -> Result<(), StoreError> {
     Err(StoreError::corrupt(path, what))
 }
 
-/// Zeros behind the last whole record, so that nothing of a torn one is ever read again.
-fn cut_tail(seg: &Segment) -> Result<(), StoreError> {
+/// Zeros behind the last whole record, so that nothing of a torn one is ever read again. Whether
+/// something stood there.
+fn cut_tail(seg: &Segment) -> Result<bool, StoreError> {
+    let mut head = [0u8; segment::RECORD_HEADER_SIZE];
+    // The end of the file is nothing.
+    let stood = seg.file.read_exact_at(&mut head, seg.tail).is_ok() && head.iter().any(|b| *b != 0);
+    if stood {
+        tracing::warn!(
+            path = %seg.path.display(),
+            offset = seg.tail,
+            "the log's last transaction is not whole and is cut off: it was being written when the node ended, or the disk has lost it"
+        );
+    }
     let cut = || -> io::Result<()> {
         let len = seg.file.size()?;
         seg.file.set_len(seg.tail)?;
         seg.file.set_len(len.max(seg.tail))
     };
-    cut().map_err(StoreError::io("cut log segment", &seg.path))
+    cut().map_err(StoreError::io("cut log segment", &seg.path))?;
+    Ok(stood)
 }
 
 fn remove_segments(disk: &dyn Disk, dir: &Path, names: &[u64]) -> Result<(), StoreError> {

@@ -15,18 +15,20 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, watch};
 
 use crate::ltx::Pos;
 
 mod capture;
 mod checkpoint;
+mod clients;
 mod context;
 mod database;
 pub mod disk;
 mod divergent;
 mod epoch;
 mod error;
+mod fault;
 mod files;
 mod forward;
 pub mod front;
@@ -38,6 +40,7 @@ mod intent;
 mod litefs;
 mod log;
 mod log_recovery;
+mod mend;
 mod names;
 mod overlay;
 mod receive;
@@ -47,6 +50,7 @@ mod replica;
 mod replica_wal;
 mod role_change;
 mod rollback;
+mod scrub;
 pub mod segment;
 mod shm;
 mod snapshot;
@@ -60,6 +64,7 @@ pub use context::{Background, Event, Options, Random, Subscription};
 pub use database::{Counters, Database, DbFile, FileKind};
 pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;
+pub use fault::{Action as FaultAction, FaultStats, Place as FaultPlace};
 pub use files::Done;
 pub use forward::{Cancelled, Decided, HALT_TTL, HALT_WAIT, Outgoing, Primary, Verdict};
 pub use import::ImportError;
@@ -67,6 +72,7 @@ pub use log::LogStats;
 pub use names::{LOCK_DIR, Name, check_database};
 pub use receive::Received;
 pub use records::{Next, Record};
+pub use scrub::{Scrub, ScrubOptions};
 pub use snapshot::Snapshot;
 pub use super_journal::SuperJournal;
 
@@ -119,6 +125,11 @@ impl Store {
         disk.create_dir_all(&dbs)
             .map_err(StoreError::io("create data directory", &dbs))?;
         let lock = lock_directory(&dir)?;
+        // Else the first that finds out is a transaction, or a database that seems damaged.
+        options
+            .disk
+            .temporary(&dir)
+            .map_err(StoreError::io("write to data directory", &dir))?;
         let context = Context::start(options);
         let store = Store {
             cluster_id: RwLock::new(read_cluster_id(&*disk, &dir)?),
@@ -162,6 +173,17 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// What was looked at for faults, and found.
+    pub fn fault_stats(&self) -> &FaultStats {
+        &self.context.faults
+    }
+
+    /// Changes whenever this node, as a replica, has a database to fetch from the primary again:
+    /// it is left out of [`Store::positions`].
+    pub fn refetch(&self) -> watch::Receiver<u64> {
+        self.context.refetch.listen()
     }
 
     /// Random, new at every start.

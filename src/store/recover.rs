@@ -16,6 +16,7 @@ use super::context::Context;
 use super::database::{Database, FileKind, State, read_or_zeros};
 use super::disk::{File, Open};
 use super::error::StoreError;
+use super::fault::{Action, Place};
 use super::litefs;
 use super::log::Log;
 use super::sums::{self, PageSums, SumsHeader};
@@ -66,18 +67,27 @@ pub(super) fn open(
     Ok(Some(db))
 }
 
-/// Damaged checksums are not needed where the log has everything.
+/// Damaged checksums are not needed where the log has everything, or the file what the log ends with.
 fn without_checksums<T>(db: &Database, e: StoreError) -> Result<Option<T>, StoreError> {
-    if db.log().first_txid() != 1 {
+    if db.log().first_txid() == 0 {
         return Err(e);
     }
-    tracing::warn!(db = db.name, error = %e, "page checksums are computed again from the whole log");
+    tracing::warn!(db = db.name, error = %e, "page checksums are computed again");
     // Its headers must not be taken for newer than those to come.
     let path = db.dir.join("checksums");
     db.disk()
         .remove_file(&path)
         .map_err(StoreError::io("remove page checksums", &path))?;
     Ok(None)
+}
+
+/// The change counter of a database file; 0 of one that is too short to have one.
+fn change_counter(file: &File) -> u32 {
+    let mut bytes = [0u8; 4];
+    match file.read_exact_at(&mut bytes, 24) {
+        Ok(()) => u32::from_be_bytes(bytes),
+        Err(_) => 0,
+    }
 }
 
 impl Database {
@@ -104,14 +114,31 @@ impl Database {
         st.page_size = saved.page_size;
         st.page_count = saved.pages;
         st.sums = sums;
+        let before = change_counter(&file);
         let redone = self.redo(&mut st, &file)?;
+        self.check_nothing_lost(before, &file)?;
         self.finish_recovery(&mut st, file)?;
+        let unsaved = st.saved.pos != st.pos;
         drop(st);
         self.remove_leftovers()?;
-        if redone {
+        if redone || unsaved {
             self.checkpoint()?;
         }
         Ok(true)
+    }
+
+    /// In the rollback modes the file has a transaction only once the log has it on disk: a log whose
+    /// last record is not whole has lost it if the file was further than what is left. `before`: the
+    /// file's change counter before the redo.
+    fn check_nothing_lost(&self, before: u32, file: &File) -> Result<(), StoreError> {
+        let now = change_counter(file);
+        if !self.log().was_cut() || (before.wrapping_sub(now) as i32) <= 0 {
+            return Ok(());
+        }
+        let what = format!(
+            "its last transaction is damaged: the database file was at change {before}, what is left leads to {now}"
+        );
+        Err(StoreError::corrupt(self.dir.join("log"), what))
     }
 
     /// The database file, made if it is missing.
@@ -149,7 +176,7 @@ impl Database {
     }
 
     /// Where to begin: after the saved position if the log goes on from it, else at a snapshot.
-    fn redo_start(&self, st: &State) -> Result<u64, StoreError> {
+    fn redo_start(&self, st: &mut State) -> Result<u64, StoreError> {
         let (log, saved) = (self.log(), st.saved.pos);
         let (first, last) = (log.first_txid(), log.last_txid());
         if saved.txid > 0 && saved.txid <= last {
@@ -164,6 +191,16 @@ impl Database {
         }
         if first == 1 {
             return Ok(1);
+        }
+        if saved.txid == 0
+            && let Some(record) = log.read(first)?
+        {
+            // The file is of some moment since then: whole pages of all that followed are right
+            // over it. What it then is, is checked as a whole.
+            let header = record.ltx_header()?;
+            st.pos = header.pre_apply_pos();
+            st.page_size = header.page_size;
+            return Ok(first);
         }
         let what = format!(
             "the log holds transactions {first:016x} to {last:016x}, and the database was saved at {saved}: they do not meet"
@@ -254,12 +291,7 @@ impl Database {
             ));
         }
         if st.sums.recomputed() != st.pos.checksum {
-            let what = format!(
-                "its pages' checksums give {:016x}, its position is {}",
-                st.sums.recomputed(),
-                st.pos
-            );
-            return Err(StoreError::corrupt(&path, what));
+            self.sums_of_file(st, &file)?;
         }
         file.set_len(size)
             .map_err(StoreError::io("resize", &path))?;
@@ -278,14 +310,52 @@ impl Database {
         }
         self.adopt_file(st, FileKind::Database, file);
         let verify = size <= VERIFY_UP_TO || self.context.options.strict_verify;
-        let checked = if verify {
-            self.verify_pages(st)
-        } else {
-            self.verify_first_page(st)
+        let check = |st: &State| {
+            if verify {
+                self.verify_pages(st)
+            } else {
+                self.verify_first_page(st)
+            }
         };
+        let checked = check(st).or_else(|e| {
+            // Pages of a transaction that the log has lost are no damage of the file.
+            if self.log().was_cut() {
+                return Err(e);
+            }
+            self.mend_at_start(st).and_then(|()| check(st))
+        });
         checked.inspect_err(|_| {
             st.files.database = None;
         })
+    }
+
+    /// Without right checksums of its pages, the file is right if what it holds has the checksum of
+    /// the position, which the log knows.
+    fn sums_of_file(&self, st: &mut State, file: &File) -> Result<(), StoreError> {
+        let path = self.path(FileKind::Database);
+        let (saved, lock_page) = (st.sums.recomputed(), ltx::lock_pgno(st.page_size));
+        let mut page = vec![0u8; st.page_size as usize];
+        let mut sums = PageSums::default();
+        sums.resize(st.page_count);
+        for pgno in (1..=st.page_count).filter(|p| *p != lock_page) {
+            let at = u64::from(pgno - 1) * u64::from(st.page_size);
+            read_or_zeros(&**file, at, &mut page).map_err(StoreError::io("read", &path))?;
+            sums.set(pgno, ltx::page_checksum(pgno, &page));
+        }
+        if sums.checksum() != st.pos.checksum {
+            let what = format!(
+                "its pages' checksums are saved as {saved:016x} in all, those of its bytes are {:016x}, its position is {}",
+                sums.checksum(),
+                st.pos
+            );
+            return Err(StoreError::corrupt(&path, what));
+        }
+        st.sums = sums;
+        // What is saved is of no use.
+        st.saved.pos = Pos::default();
+        let what = "page checksums were missing or damaged; the database file is whole";
+        self.report_fault(Place::Checksums, what, Action::Repaired);
+        Ok(())
     }
 
     fn verify_first_page(&self, st: &State) -> Result<(), StoreError> {

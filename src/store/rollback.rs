@@ -27,9 +27,9 @@ use super::gate::Pass;
 /// Largest step by which space for the database file is reserved ahead.
 const RESERVE_STEP: u64 = 16 << 20;
 
-/// How many pages a transaction may add to a database without writing them: SQLite leaves free
-/// pages out that were never written, which are as many as fit into its cache.
-const MAX_HOLES: u64 = 1 << 18;
+/// Bytes that a transaction may add to a database without writing them: SQLite leaves free pages
+/// out that were never written, which are as many as fit into its cache.
+const MAX_HOLES: u64 = 1 << 30;
 
 /// Pages with their checksums, ascending.
 type PageList = Vec<(u32, u64)>;
@@ -299,7 +299,7 @@ impl Database {
         written: u64,
     ) -> Result<(), StoreError> {
         let (commit, page_size) = (u64::from(shape.0), u64::from(shape.1));
-        if commit * page_size <= st.committed_size() + written + MAX_HOLES * page_size {
+        if commit * page_size <= st.committed_size() + written + MAX_HOLES {
             return Ok(());
         }
         Err(self.refuse(format!(

@@ -88,6 +88,16 @@ impl RecordHeader {
     }
 }
 
+fn encode_header(salt: u64, first_max: u64) -> [u8; SEGMENT_HEADER_SIZE as usize] {
+    let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
+    h[0..8].copy_from_slice(SEGMENT_MAGIC);
+    h[8..16].copy_from_slice(&salt.to_be_bytes());
+    h[16..24].copy_from_slice(&first_max.to_be_bytes());
+    let crc = crc_fast::checksum(Crc64GoIso, &h[..56]);
+    h[56..64].copy_from_slice(&crc.to_be_bytes());
+    h
+}
+
 fn header_crc(b: &[u8; RECORD_HEADER_SIZE], salt: u64) -> u32 {
     // Half of a CRC-64 would miss errors of a single bit.
     let mut crc = crc_fast::Digest::new(Crc32IsoHdlc);
@@ -117,7 +127,7 @@ pub fn parse_file_name(name: &str) -> Option<u64> {
 }
 
 /// A segment, open, with the places of its records.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Segment {
     /// Where it lies.
     pub path: PathBuf,
@@ -150,12 +160,7 @@ impl Segment {
         let file = disk
             .open(&path, Open::Empty)
             .map_err(StoreError::io("create log segment", &path))?;
-        let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
-        h[0..8].copy_from_slice(SEGMENT_MAGIC);
-        h[8..16].copy_from_slice(&salt.to_be_bytes());
-        h[16..24].copy_from_slice(&first_max.to_be_bytes());
-        let crc = crc_fast::checksum(Crc64GoIso, &h[..56]);
-        h[56..64].copy_from_slice(&crc.to_be_bytes());
+        let h = encode_header(salt, first_max);
         if let Err(e) = file.write_all_at(&h, 0) {
             // Half a segment would look like damage at the next start.
             let _ = disk.remove_file(&path);
@@ -267,6 +272,35 @@ impl Segment {
                 0 => return Ok(crc.finalize() == h.body_crc),
                 n => crc.update(&buf[..n]),
             }
+        }
+    }
+
+    /// What is wrong with the segment's header, if anything is.
+    pub fn header_damage(&self) -> Option<String> {
+        let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
+        let read = self.file.read_exact_at(&mut h, 0);
+        (read.is_err() || h != encode_header(self.salt, self.first_max))
+            .then(|| "its header is not what was written".to_owned())
+    }
+
+    /// Reads the record at `offset`, whose last TXID is this: how many bytes that were, and what is
+    /// wrong with it.
+    pub fn record_damage(&self, offset: u64, max_txid: u64) -> (u64, Option<String>) {
+        let damage = |what: String| Some(format!("transaction {max_txid:016x}: {what}"));
+        match read_header(&*self.file, self.salt, offset) {
+            Ok(h) if h.max_txid != max_txid => (
+                0,
+                damage(format!("its header is that of {:016x}", h.max_txid)),
+            ),
+            Ok(h) => {
+                let found = match self.body_is_whole(offset, &h) {
+                    Ok(true) => None,
+                    Ok(false) => damage("it does not match its checksum".to_owned()),
+                    Err(e) => damage(e.to_string()),
+                };
+                (h.disk_size(), found)
+            }
+            Err(e) => (RECORD_HEADER_SIZE as u64, damage(e.to_string())),
         }
     }
 

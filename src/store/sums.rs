@@ -16,6 +16,7 @@
 //! on disk: a recovery from either computes them anew.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 
 use crc_fast::CrcAlgorithm::Crc64GoIso;
@@ -105,13 +106,29 @@ impl PageSums {
         let blocks = std::mem::take(&mut self.dirty)
             .into_iter()
             .filter(|b| (b * BLOCK) < self.len())
-            .map(|b| {
-                let end = ((b + 1) * BLOCK).min(self.len());
-                let entries = &self.sums[(b * BLOCK) as usize..end as usize];
-                (b, entries.iter().flat_map(|s| s.to_be_bytes()).collect())
-            })
+            .map(|b| (b, self.block_bytes(b)))
             .collect();
         SumsChanges { blocks }
+    }
+
+    /// The entries of the saved blocks among these, with their places in the file: those that did
+    /// not change since the last save.
+    pub fn saved_entries(&self, blocks: Range<u32>) -> Vec<(u64, Vec<u8>)> {
+        let saved = blocks.filter(|b| b * BLOCK < self.len() && !self.dirty.contains(b));
+        saved
+            .map(|b| (block_place(b), self.block_bytes(b)))
+            .collect()
+    }
+
+    fn block_bytes(&self, block: u32) -> Vec<u8> {
+        let end = ((block + 1) * BLOCK).min(self.len());
+        let entries = &self.sums[(block * BLOCK) as usize..end as usize];
+        entries.iter().flat_map(|s| s.to_be_bytes()).collect()
+    }
+
+    /// How many blocks there are.
+    pub fn blocks(&self) -> u32 {
+        self.len().div_ceil(BLOCK)
     }
 
     /// After a failed save: all has to be written again.
@@ -172,6 +189,37 @@ impl SumsHeader {
     }
 }
 
+/// Where in the file a block's entries are.
+fn block_place(block: u32) -> u64 {
+    ARRAY_START + u64::from(block) * u64::from(BLOCK) * 8
+}
+
+/// Compares the file with what is known to be saved in it: what is wrong, if anything is.
+pub fn compare(
+    disk: &dyn Disk,
+    path: &Path,
+    header: &SumsHeader,
+    entries: &[(u64, Vec<u8>)],
+) -> Result<Option<String>, StoreError> {
+    let file = match disk.open(path, Open::Read) {
+        Ok(file) => file,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Ok(Some("the file is gone".to_owned()));
+        }
+        Err(e) => return Err(StoreError::io("open page checksums", path)(e)),
+    };
+    let matches = |at: u64, want: &[u8]| {
+        let mut found = vec![0u8; want.len()];
+        // What cannot be read does not match.
+        file.read_exact_at(&mut found, at).is_ok() && found == want
+    };
+    if !matches((header.sequence % 2) * SLOT_SIZE, &header.encode()) {
+        return Ok(Some("its header is not as it was saved".to_owned()));
+    }
+    let odd = entries.iter().find(|(at, want)| !matches(*at, want));
+    Ok(odd.map(|(at, _)| format!("the entries from byte {at} on are not as they were saved")))
+}
+
 /// Writes the changes, then the header that makes them count, each flushed before the next.
 pub fn save(
     disk: &dyn Disk,
@@ -184,10 +232,7 @@ pub fn save(
         .map_err(StoreError::io("open page checksums", path))?;
     let write = || -> std::io::Result<()> {
         for (block, bytes) in &changes.blocks {
-            file.write_all_at(
-                bytes,
-                ARRAY_START + u64::from(*block) * u64::from(BLOCK) * 8,
-            )?;
+            file.write_all_at(bytes, block_place(*block))?;
         }
         if !changes.blocks.is_empty() {
             file.sync_data()?;

@@ -123,7 +123,26 @@ impl WalCapture {
             buf,
             self.offset(newest.frame as usize) + FRAME_HEADER_SIZE as u64,
         )?;
+        if ltx::page_checksum(pgno, buf) != self.frames[newest.frame as usize].sum {
+            let what = format!("page {pgno} in the WAL does not match its checksum");
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, what));
+        }
         Ok(true)
+    }
+
+    /// Whether these are the bytes, header and page, of the frame of this index.
+    pub fn frame_matches(&self, index: usize, bytes: &[u8]) -> bool {
+        let (Some(header), Some((head, page))) =
+            (self.header, bytes.split_first_chunk::<FRAME_HEADER_SIZE>())
+        else {
+            return false;
+        };
+        let (known, frame) = (self.frames[index], FrameHeader::decode(head));
+        let before = self.chain_before(index);
+        (frame.pgno, frame.checksum) == (known.pgno, known.chain)
+            && (frame.salt1, frame.salt2) == (header.salt1, header.salt2)
+            && frame.expected_checksum(header.big_endian, before, page) == known.chain
+            && ltx::page_checksum(known.pgno, page) == known.sum
     }
 
     /// How many committed frames this node's own checkpoints have not copied yet.

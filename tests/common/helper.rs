@@ -175,6 +175,12 @@ impl Session {
         }
     }
 
+    /// Sends its process a signal.
+    pub fn signal(&self, signal: i32) {
+        // SAFETY: takes numbers only; a child that was not waited for keeps its ID.
+        unsafe { libc::kill(self.process.0.id() as i32, signal) };
+    }
+
     /// Runs a statement of one line; its rows, or the text of its error.
     pub fn run(&mut self, sql: &str) -> Result<String, String> {
         assert!(!sql.contains('\n'), "one line: {sql}");

@@ -13,6 +13,8 @@
 #![allow(dead_code)]
 
 pub mod access;
+pub mod disk;
+pub mod events;
 pub mod helper;
 pub mod image;
 pub mod net;

@@ -31,6 +31,8 @@ pub struct Options {
     pub primary: (String, String),
     /// `data.retention`, when it is not the default.
     pub retention: Option<&'static str>,
+    /// `data.scrub-interval`, when it is not the default.
+    pub scrub: Option<&'static str>,
     /// `backup.path` of a backup of type file.
     pub backup: Option<PathBuf>,
     /// `strict-verify`: the node recomputes the checksum after each transaction.
@@ -64,6 +66,7 @@ impl Options {
             primary: (name.to_string(), http.clone()),
             http,
             retention: None,
+            scrub: None,
             backup: None,
             strict_verify: false,
             file: None,
@@ -115,6 +118,10 @@ impl Options {
         };
         let secure = self.secure.clone().unwrap_or_default();
         let scheme = self.scheme();
+        let scrub = match self.scrub {
+            Some(time) => format!("  scrub-interval: {time}\n"),
+            None => String::new(),
+        };
         let lease = match &self.service {
             Some(service) => format!(
                 "{service}  hostname: {}\n  advertise-url: \"{scheme}://{}\"\n  candidate: {}\n",
@@ -134,7 +141,7 @@ impl Options {
         // A quoted Rust string of such a path is a quoted YAML string.
         format!(
             "{backup}fuse:\n  dir: {mount:?}\n\
-             data:\n  dir: {data:?}\n  compress: {}\n{retention}\
+             data:\n  dir: {data:?}\n  compress: {}\n{retention}{scrub}\
              http:\n  addr: \"{}\"\n{}\
              strict-verify: {}\n\
              lease:\n{lease}  reconnect-delay: 100ms\n{}",
@@ -380,7 +387,8 @@ impl Node {
             .is_ok_and(|info| info.contains("\"isPrimary\": true"))
     }
 
-    fn in_namespace<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+    /// Runs it where the node lives.
+    pub fn in_namespace<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         match &self.options.namespace {
             Some(namespace) => namespace.run(work),
             None => work(),

@@ -4,12 +4,14 @@
 mod bed;
 mod capture;
 mod divergent;
+mod hostile;
 mod log;
 mod log_damage;
 mod receive;
 mod recovery;
 mod restore;
 mod roles;
+mod scrub;
 mod snapshots;
 mod sums;
 mod vfs;

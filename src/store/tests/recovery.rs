@@ -230,23 +230,87 @@ fn whatever_stands_in_pages_that_the_log_redoes_is_overwritten() {
     assert_eq!(Bed::on(dir).check(DB), before);
 }
 
+/// Changes a byte of this page, from 0, of the database file.
+fn spoil(dir: &Path, page: u64) {
+    std::fs::File::options()
+        .write(true)
+        .open(in_db(dir, "database"))
+        .unwrap()
+        .write_all_at(b"!", page * PAGE + 3000)
+        .unwrap();
+}
+
+/// As [`filled`], with a log that no longer has what filled it.
+fn pruned() -> (Bed, Connection) {
+    let bed = Bed::with_retention(tempfile::tempdir().unwrap(), Duration::ZERO);
+    bed.store.set_role(Role::Primary);
+    let c = bed.connect(DB);
+    fill(&c);
+    for i in 0..6 {
+        std::thread::sleep(Duration::from_millis(110));
+        c.execute("INSERT INTO u VALUES (?)", [i]).unwrap();
+    }
+    std::thread::sleep(Duration::from_millis(30));
+    bed.check(DB);
+    bed.store.prune();
+    let log = bed.db(DB);
+    assert!(log.log().first_txid() > 1, "something was removed");
+    (bed, c)
+}
+
 #[test]
-fn damage_that_nothing_redoes_sets_the_database_aside() {
+fn damage_that_the_log_has_the_bytes_of_is_mended() {
     let (bed, c) = filled("delete");
     drop(c);
-    let pages = bed.check(DB).1.len() as u64 / PAGE;
+    let before = bed.check(DB);
+    let pages = before.1.len() as u64 / PAGE;
     bed.store.close();
     for page in [0, 5, pages - 1] {
         let dir = bed.remains();
-        std::fs::File::options()
-            .write(true)
-            .open(in_db(dir.path(), "database"))
-            .unwrap()
-            .write_all_at(b"!", page * PAGE + 3000)
-            .unwrap();
+        spoil(dir.path(), page);
+        let other = Bed::on(dir);
+        assert_eq!(other.check(DB), before, "page {page}");
+        assert_eq!(other.store.fault_stats().faults()[DB], 1);
+        assert_eq!(other.check_killed(DB), before, "it stays");
+    }
+}
+
+#[test]
+fn a_log_that_lost_its_last_record_does_not_take_the_transaction_back() {
+    let (bed, c) = filled("delete");
+    c.execute_batch("INSERT INTO u VALUES (7)").unwrap();
+    bed.check(DB);
+    let dir = bed.remains();
+    let segment = segment_files(&in_db(dir.path(), "log")).pop().unwrap();
+    let bytes = std::fs::read(&segment).unwrap();
+    let end = bytes.iter().rposition(|b| *b != 0).unwrap();
+    let file = std::fs::File::options().write(true).open(&segment).unwrap();
+    file.write_all_at(&[bytes[end - 100] ^ 1], end as u64 - 100)
+        .unwrap();
+    let reason = broken(dir);
+    assert!(
+        reason.contains("its last transaction is damaged"),
+        "{reason}"
+    );
+}
+
+#[test]
+fn damage_that_nothing_redoes_sets_the_database_aside() {
+    let (bed, c) = pruned();
+    drop(c);
+    let before = bed.check(DB);
+    let pages = before.1.len() as u64 / PAGE;
+    bed.store.close();
+    for page in [5, pages / 2] {
+        let dir = bed.remains();
+        spoil(dir.path(), page);
         let reason = broken(dir);
         assert!(reason.contains(&format!("page {} ", page + 1)), "{reason}");
     }
+    // What the newest record has is mended from it: page 1 is in each.
+    let dir = bed.remains();
+    spoil(dir.path(), 0);
+    assert_eq!(Bed::on(dir).check(DB), before);
     let dir = bed.remains();
     std::fs::File::options()
         .write(true)
@@ -351,27 +415,23 @@ fn the_file_never_holds_more_than_the_flushed_log() {
 
 #[test]
 fn a_pruned_log_still_recovers() {
-    let bed = Bed::with_retention(tempfile::tempdir().unwrap(), Duration::ZERO);
-    bed.store.set_role(Role::Primary);
-    let c = bed.connect(DB);
-    fill(&c);
-    for i in 0..6 {
-        std::thread::sleep(Duration::from_millis(110));
-        c.execute("INSERT INTO u VALUES (?)", [i]).unwrap();
-    }
-    std::thread::sleep(Duration::from_millis(30));
+    let (bed, c) = pruned();
     let before = bed.check(DB);
-    bed.store.prune();
     let log = bed.db(DB);
-    assert!(log.log().first_txid() > 1, "something was removed");
     assert_eq!(log.log().last_txid(), before.0.txid, "never the newest");
     assert_eq!(bed.check_killed(DB), before);
     c.execute_batch("INSERT INTO u VALUES (99)").unwrap();
-    bed.check_killed(DB);
-    // Now nothing but the checksums tells what the file should be.
+    let newest = bed.check_killed(DB);
+    // Without its checksums the file is what the newest record says, as a whole, or nothing.
     let dir = bed.remains();
     std::fs::remove_file(in_db(dir.path(), "checksums")).unwrap();
-    assert!(broken(dir).contains("do not meet"));
+    let other = Bed::on(dir);
+    assert_eq!(other.check(DB), newest);
+    assert_eq!(other.check_killed(DB), newest);
+    let dir = bed.remains();
+    std::fs::remove_file(in_db(dir.path(), "checksums")).unwrap();
+    spoil(dir.path(), 5);
+    assert!(broken(dir).contains("those of its bytes are"));
 }
 
 #[test]
