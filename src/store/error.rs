@@ -87,6 +87,14 @@ pub enum StoreError {
         /// What was refused, and what to do instead.
         what: String,
     },
+    /// A file that was to become a database is none, or a damaged one.
+    #[error("{db}: {what}")]
+    NotADatabase {
+        /// The database.
+        db: String,
+        /// What is the matter with the file.
+        what: String,
+    },
     /// The file was deleted while it was open.
     #[error("{0} was deleted")]
     Deleted(String),
@@ -161,7 +169,8 @@ impl StoreError {
                 _ => libc::EIO,
             },
             StoreError::NotPrimary(_) => libc::EACCES,
-            StoreError::Name(_) => libc::EINVAL,
+            StoreError::Name(_) | StoreError::NotADatabase { .. } => libc::EINVAL,
+            StoreError::LockTimeout { .. } => libc::EBUSY,
             StoreError::NoDatabase(_) => libc::ENOENT,
             _ => libc::EIO,
         }

@@ -22,6 +22,7 @@ use crate::ltx::Pos;
 mod capture;
 mod checkpoint;
 mod context;
+mod copy;
 mod database;
 pub mod disk;
 mod divergent;
@@ -57,6 +58,7 @@ mod tests;
 mod wal;
 
 pub use context::{Background, Event, Options, Random, Subscription};
+pub use copy::Copy;
 pub use database::{Counters, Database, DbFile, FileKind};
 pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;
