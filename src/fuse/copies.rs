@@ -40,12 +40,12 @@ impl Copies {
         self.open.lock().get(&handle).cloned()
     }
 
-    /// The file was emptied without saying by which handle: opening it to copy does that. Whether
-    /// there is such a handle.
+    /// The file was emptied without saying by which handle: opening it to copy does that, and
+    /// nothing of SQLite's. Whether there is such a handle.
     pub fn empty(&self, ino: u64) -> bool {
         let open = self.open.lock();
-        let mut of = open.values().filter(|c| c.ino() == ino);
-        of.any(|copy| copy.empty())
+        let of = open.values().filter(|c| c.ino() == ino);
+        of.fold(false, |any, copy| copy.empty() || any)
     }
 
     /// The handle is given up.

@@ -329,7 +329,9 @@ impl Filesystem for TenureFs {
         match (node, size) {
             (Node::File(_), Some(size)) if let Some(copy) = &copy => done(copy.truncate(size)),
             // What is in the database stays there until the copy takes its place.
-            (Node::File(f), Some(0)) if self.copies.empty(f.file.ino) => done(Ok(())),
+            (Node::File(f), Some(0)) if fh.is_none() && self.copies.empty(f.file.ino) => {
+                done(Ok(()));
+            }
             (Node::File(f), Some(size)) => f.db.truncate(&f.file, size, Box::new(done)),
             (Node::Super(j), Some(size)) if !j.truncate(size) => done(Err(StoreError::Refused {
                 db: String::new(),

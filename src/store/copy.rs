@@ -20,11 +20,11 @@ use parking_lot::Mutex;
 
 use crate::sqlite::header;
 
+use super::Store;
 use super::database::{Database, DbFile, FileKind};
 use super::error::StoreError;
 use super::files::MAX_FILE_SIZE;
 use super::import::ImportError;
-use super::Store;
 
 /// A database file opened for writing alone.
 pub struct Copy {
@@ -123,7 +123,9 @@ impl Copy {
                     &self.store.context.options.data_dir,
                 ))
             }
-            State::Busy => Err(self.refuse("a write to a copy while it takes the database's place")),
+            State::Busy => {
+                Err(self.refuse("a write to a copy while it takes the database's place"))
+            }
             State::Refused => Err(self.not_a_database("it does not begin as a database does")),
             State::Whole | State::Empty => Err(self.refuse(
                 "a write into the database behind SQLite's back: a copy replaces all of it",
