@@ -8,21 +8,21 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
-use crate::store::Copy;
+use crate::store::CopiedFile;
 
 /// The most copies at a time.
-const MAX_COPIES: usize = 256;
+const MAX_COPIES: usize = 4096;
 
 /// See the module.
 #[derive(Default)]
 pub(super) struct Copies {
     last: AtomicU64,
-    open: Mutex<HashMap<u64, Arc<Copy>>>,
+    open: Mutex<HashMap<u64, Arc<CopiedFile>>>,
 }
 
 impl Copies {
     /// A handle for the copy; `None` if there are too many.
-    pub fn begin(&self, copy: Copy) -> Option<u64> {
+    pub fn begin(&self, copy: CopiedFile) -> Option<u64> {
         let mut open = self.open.lock();
         if open.len() >= MAX_COPIES {
             return None;
@@ -33,7 +33,7 @@ impl Copies {
     }
 
     /// The copy that a handle is of.
-    pub fn get(&self, handle: u64) -> Option<Arc<Copy>> {
+    pub fn get(&self, handle: u64) -> Option<Arc<CopiedFile>> {
         if handle == 0 {
             return None;
         }
@@ -49,7 +49,7 @@ impl Copies {
     }
 
     /// The handle is given up.
-    pub fn end(&self, handle: u64) -> Option<Arc<Copy>> {
+    pub fn end(&self, handle: u64) -> Option<Arc<CopiedFile>> {
         if handle == 0 {
             return None;
         }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use fuser::*;
 use parking_lot::Mutex;
 
-use crate::store::{Copy, Database, DbFile, FileKind, Name, Role, Store, StoreError};
+use crate::store::{CopiedFile, Database, DbFile, FileKind, Name, Role, Store, StoreError};
 
 use super::attr::{self, FOR_EVER};
 use super::copies::Copies;
@@ -151,7 +151,7 @@ impl TenureFs {
         if !self.store.is_writable() {
             return Err(Errno::EACCES);
         }
-        let copy = Copy::new(&self.store, &f.db, &f.file, made);
+        let copy = CopiedFile::new(&self.store, &f.db, &f.file, made);
         self.copies.begin(copy).ok_or(Errno::EMFILE)
     }
 

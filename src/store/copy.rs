@@ -10,7 +10,8 @@
 //! - Nobody sees anything of a copy before it is imported, and a copy that is no whole database
 //!   changes nothing.
 //! - While it is being imported it takes no writes.
-//! - It goes to the file that was opened, not to one that has taken its name since.
+//! - Once a program was told that it is refused, it stays so, unless more is written.
+//! - If its file is deleted meanwhile, it goes nowhere.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -27,7 +28,7 @@ use super::files::MAX_FILE_SIZE;
 use super::import::ImportError;
 
 /// A database file opened for writing alone.
-pub struct Copy {
+pub struct CopiedFile {
     store: Arc<Store>,
     db: Arc<Database>,
     file: Arc<DbFile>,
@@ -41,21 +42,36 @@ enum State {
     Whole,
     /// The database counts as empty, nothing is written yet.
     Empty,
-    /// What was written so far. `changed`: it is not imported.
-    Begun { spool: File, changed: bool },
+    /// What was written so far, and what is to be done with it.
+    Begun { spool: File, then: Then },
     /// It is being imported.
     Busy,
     /// It began as no database does.
     Refused,
 }
 
-impl Copy {
+/// What is to be done with a copy when it is closed.
+#[derive(Clone, Copy, PartialEq)]
+enum Then {
+    /// It is the database already.
+    Nothing,
+    Import,
+    /// A program was told that it was refused. That stays true, unless more is written.
+    Refuse,
+}
+
+impl CopiedFile {
     /// For a file that was opened for writing alone; `made`: by this very call.
-    pub fn new(store: &Arc<Store>, db: &Arc<Database>, file: &Arc<DbFile>, made: bool) -> Copy {
+    pub fn new(
+        store: &Arc<Store>,
+        db: &Arc<Database>,
+        file: &Arc<DbFile>,
+        made: bool,
+    ) -> CopiedFile {
         assert!(file.kind == FileKind::Database, "others are no databases");
         let empty = made || db.size(file).is_ok_and(|size| size == 0);
         let state = if empty { State::Empty } else { State::Whole };
-        Copy {
+        CopiedFile {
             store: store.clone(),
             db: db.clone(),
             file: file.clone(),
@@ -112,12 +128,12 @@ impl Copy {
             let spool = self.store.spool_file()?;
             *state = State::Begun {
                 spool,
-                changed: false,
+                then: Then::Nothing,
             };
         }
         match &mut *state {
-            State::Begun { spool, changed } => {
-                *changed = true;
+            State::Begun { spool, then } => {
+                *then = Then::Import;
                 change(spool).map_err(StoreError::io(
                     "keep a copy in",
                     &self.store.context.options.data_dir,
@@ -143,18 +159,27 @@ impl Copy {
             match std::mem::replace(&mut *state, State::Busy) {
                 State::Begun {
                     spool,
-                    changed: true,
+                    then: Then::Import,
                 } => spool,
                 other => {
+                    let verdict = match &other {
+                        State::Begun {
+                            then: Then::Refuse, ..
+                        } => Err(self.refuse("a copy that was refused already")),
+                        _ => Ok(()),
+                    };
                     *state = other;
-                    return Ok(());
+                    return verdict;
                 }
             }
         };
         let result = self.import(&spool);
         *self.state.lock() = State::Begun {
             spool,
-            changed: result.is_err(),
+            then: match result {
+                Ok(()) => Then::Nothing,
+                Err(_) => Then::Refuse,
+            },
         };
         if let Err(e) = &result {
             tracing::warn!(
@@ -176,7 +201,10 @@ impl Copy {
         match self.store.import(name, copy) {
             Ok(_) => Ok(()),
             Err(ImportError::Store(e)) => Err(e),
-            Err(ImportError::Invalid(what)) => Err(self.not_a_database(what)),
+            Err(ImportError::Invalid(what)) => Err(StoreError::NotADatabase {
+                db: name.to_owned(),
+                what: format!("no SQLite database, or not a whole one: {what}"),
+            }),
         }
     }
 
@@ -194,7 +222,11 @@ impl Copy {
     pub fn is_done(&self) -> bool {
         !matches!(
             *self.state.lock(),
-            State::Begun { changed: true, .. } | State::Busy | State::Refused
+            State::Begun {
+                then: Then::Import | Then::Refuse,
+                ..
+            } | State::Busy
+                | State::Refused
         )
     }
 

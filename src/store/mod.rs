@@ -58,7 +58,7 @@ mod tests;
 mod wal;
 
 pub use context::{Background, Event, Options, Random, Subscription};
-pub use copy::Copy;
+pub use copy::CopiedFile;
 pub use database::{Counters, Database, DbFile, FileKind};
 pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;
