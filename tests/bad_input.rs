@@ -74,29 +74,6 @@ fn a_file_that_is_no_database() {
 }
 
 #[test]
-fn a_database_copied_in_without_a_transaction() {
-    let mut pair = pair_with_good_database();
-    let source = pair.cluster.dir().join("source.db");
-    sqlite3(
-        &source,
-        "CREATE TABLE t (a); INSERT INTO t VALUES ('other');",
-    );
-    for name in ["new.db", "delete.db", "wal.db"] {
-        let done = shell(
-            "cp",
-            &[source.as_os_str(), pair.primary.db(name).as_os_str()],
-        );
-        assert!(
-            !done.success() && !done.stderr.is_empty(),
-            "cp to {name} went through"
-        );
-    }
-    let log = pair.primary.log();
-    assert!(log.contains("new.db"), "the log does not say why:\n{log}");
-    assert_unharmed(&mut pair, 200);
-}
-
-#[test]
 fn a_partial_page_is_written() {
     let mut pair = pair_with_good_database();
     for (name, seek) in [

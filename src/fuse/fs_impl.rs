@@ -13,9 +13,10 @@ use std::time::Duration;
 use fuser::*;
 use parking_lot::Mutex;
 
-use crate::store::{Database, DbFile, FileKind, Name, Role, Store, StoreError};
+use crate::store::{CopiedFile, Database, DbFile, FileKind, Name, Role, Store, StoreError};
 
 use super::attr::{self, FOR_EVER};
+use super::copies::Copies;
 use super::crew::Crew;
 use super::nodes::{FileNode, Node, Nodes, ROOT};
 use super::observe::{About, Answer, Observers, Watch};
@@ -33,6 +34,7 @@ pub(super) struct TenureFs {
     nodes: Arc<Nodes>,
     watch: Arc<Watch>,
     crew: Arc<Crew>,
+    copies: Copies,
     /// Whether WAL indexes are passed through to their backing files.
     passthrough: AtomicBool,
 }
@@ -49,6 +51,7 @@ impl TenureFs {
             store,
             nodes,
             crew,
+            copies: Copies::default(),
             passthrough: AtomicBool::new(false),
         }
     }
@@ -150,6 +153,23 @@ impl TenureFs {
         }
     }
 
+    /// The handle of a file that is opened to copy a database into it; 0 for all others.
+    fn copy_handle(&self, node: &Node, flags: i32, made: bool) -> Result<u64, Errno> {
+        let Node::File(f) = node else { return Ok(0) };
+        if flags & libc::O_ACCMODE != libc::O_WRONLY {
+            return Ok(0);
+        }
+        if f.file.kind != FileKind::Database {
+            f.file.begin_copy();
+            return Ok(0);
+        }
+        if !self.store.is_writable() {
+            return Err(Errno::EACCES);
+        }
+        let copy = CopiedFile::new(&self.store, &f.db, &f.file, made);
+        self.copies.begin(copy).ok_or(Errno::EMFILE)
+    }
+
     fn open_flags(node: &Node) -> FopenFlags {
         match node {
             Node::File(_) | Node::Super(_) => {
@@ -205,6 +225,14 @@ fn answer(reply: Answer<ReplyEmpty>) -> impl FnOnce(Result<(), StoreError>) + Se
     move |r| match r {
         Ok(()) => reply.ok(),
         Err(e) => reply.error(errno(&e)),
+    }
+}
+
+/// Runs what may wait for long. Dropped unrun, a reply is an error.
+fn on_a_thread(work: impl FnOnce() + Send + 'static) {
+    let name = "tenure-copy".to_owned();
+    if let Err(e) = std::thread::Builder::new().name(name).spawn(work) {
+        tracing::warn!(error = %e, "a file that was copied here cannot take the database's place");
     }
 }
 
@@ -287,7 +315,7 @@ impl Filesystem for TenureFs {
         _atime: Option<TimeOrNow>,
         _mtime: Option<TimeOrNow>,
         _ctime: Option<std::time::SystemTime>,
-        _fh: Option<FileHandle>,
+        fh: Option<FileHandle>,
         _crtime: Option<std::time::SystemTime>,
         _chgtime: Option<std::time::SystemTime>,
         _bkuptime: Option<std::time::SystemTime>,
@@ -312,13 +340,17 @@ impl Filesystem for TenureFs {
             Ok(a) => reply.attr(&attr::ttl(&shown), &a),
             Err(e) => reply.error(errno(&e)),
         };
-        if let (Node::File(f), Some(_)) = (&node, size)
-            && let Err(e) = f.db.check_caller(&f.file, req.pid())
-        {
-            return done(Err(e));
-        }
+        let copy = fh.and_then(|fh| self.copies.get(fh.0));
         match (node, size) {
-            (Node::File(f), Some(size)) => f.db.truncate(&f.file, size, Box::new(done)),
+            (Node::File(_), Some(size)) if let Some(copy) = &copy => done(copy.truncate(size)),
+            // What is in the database stays there until the copy takes its place.
+            (Node::File(f), Some(0)) if fh.is_none() && self.copies.empty(f.file.ino) => {
+                done(Ok(()));
+            }
+            (Node::File(f), Some(size)) => match f.db.check_caller(&f.file, req.pid()) {
+                Ok(()) => f.db.truncate(&f.file, size, Box::new(done)),
+                Err(e) => done(Err(e)),
+            },
             (Node::Super(j), Some(size)) if !j.truncate(size) => done(Err(StoreError::Refused {
                 db: String::new(),
                 what: "a super-journal of that size".to_owned(),
@@ -347,6 +379,12 @@ impl Filesystem for TenureFs {
         if let Err(e) = self.may_open(&node, flags.0) {
             return reply.error(e);
         }
+        match self.copy_handle(&node, flags.0, false) {
+            Ok(0) => {}
+            // Not cached, or others would see what is not imported yet.
+            Ok(fh) => return reply.opened(FileHandle(fh), FopenFlags::FOPEN_DIRECT_IO),
+            Err(e) => return reply.error(e),
+        }
         match self.backing(&node, |f| reply.reply().open_backing(f)) {
             Some(id) => reply.opened_passthrough(FileHandle(0), FopenFlags::FOPEN_NOFLUSH, &id),
             None => reply.opened(FileHandle(0), Self::open_flags(&node)),
@@ -368,7 +406,8 @@ impl Filesystem for TenureFs {
         if parent.0 != ROOT {
             return reply.error(Errno::ENOENT);
         }
-        if flags & libc::O_EXCL != 0 && self.find(name).is_ok() {
+        let existed = self.find(name).is_ok();
+        if flags & libc::O_EXCL != 0 && existed {
             return reply.error(Errno::EEXIST);
         }
         let node = match self.make(name) {
@@ -377,14 +416,24 @@ impl Filesystem for TenureFs {
         };
         let opened = self
             .may_open(&node, flags)
-            .and_then(|()| attr::of(&self.store, &node).map_err(|e| errno(&e)));
-        let a = match opened {
-            Ok(a) => a,
+            .and_then(|()| attr::of(&self.store, &node).map_err(|e| errno(&e)))
+            .and_then(|a| Ok((a, self.copy_handle(&node, flags, !existed)?)));
+        let (a, copy) = match opened {
+            Ok(opened) => opened,
             Err(e) => {
                 self.nodes.forget(node.ino(), 1);
                 return reply.error(e);
             }
         };
+        if copy != 0 {
+            return reply.created(
+                &attr::ttl(&node),
+                &a,
+                Generation(0),
+                FileHandle(copy),
+                FopenFlags::FOPEN_DIRECT_IO,
+            );
+        }
         match self.backing(&node, |f| reply.reply().open_backing(f)) {
             Some(id) => reply.created_passthrough(
                 &Duration::ZERO,
@@ -451,7 +500,7 @@ impl Filesystem for TenureFs {
         &self,
         req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         offset: u64,
         data: &[u8],
         write_flags: WriteFlags,
@@ -468,6 +517,12 @@ impl Filesystem for TenureFs {
             return reply.error(Errno::ESTALE);
         };
         let written = data.len() as u32;
+        if let Some(copy) = self.copies.get(fh.0) {
+            return match copy.write(offset, data) {
+                Ok(()) => reply.written(written),
+                Err(e) => reply.error(errno(&e)),
+            };
+        }
         if let Node::File(f) = &node
             && let Err(e) = Self::may_write(f, write_flags, req.pid())
         {
@@ -511,20 +566,25 @@ impl Filesystem for TenureFs {
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("flush", About::Ino(ino), reply);
-        reply.error(Errno::ENOSYS);
+        match self.copies.get(fh.0) {
+            None => reply.error(Errno::ENOSYS),
+            Some(copy) if copy.is_done() => reply.ok(),
+            // It waits for applications, whose requests this thread has to serve.
+            Some(copy) => on_a_thread(move || answer(reply)(copy.finish())),
+        }
     }
 
     fn release(
         &self,
         _req: &Request,
         ino: INodeNo,
-        _fh: FileHandle,
+        fh: FileHandle,
         flags: OpenFlags,
         _lock_owner: Option<LockOwner>,
         _flush: bool,
@@ -533,7 +593,16 @@ impl Filesystem for TenureFs {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("release", About::Ino(ino), reply);
         reply.ok();
+        if let Some(copy) = self.copies.end(fh.0) {
+            if !copy.is_done() {
+                on_a_thread(move || copy.close());
+            }
+            return;
+        }
         if let Some(Node::File(f)) = self.nodes.get(ino.0) {
+            if flags.0 & libc::O_ACCMODE == libc::O_WRONLY {
+                f.file.end_copy();
+            }
             f.db.released(&f.file, flags.0 & libc::O_ACCMODE != libc::O_RDONLY);
         }
     }
@@ -767,6 +836,53 @@ impl Filesystem for TenureFs {
     ) {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("fallocate", About::Ino(ino), reply);
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn ioctl(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _flags: IoctlFlags,
+        _cmd: u32,
+        _in_data: &[u8],
+        _out_size: u32,
+        reply: ReplyIoctl,
+    ) {
+        let _turn = self.crew.turn();
+        reply.error(Errno::ENOTTY);
+    }
+
+    fn lseek(
+        &self,
+        _req: &Request,
+        _ino: INodeNo,
+        _fh: FileHandle,
+        _offset: i64,
+        _whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let _turn = self.crew.turn();
+        // The kernel then takes a file for one without holes.
+        reply.error(Errno::ENOSYS);
+    }
+
+    fn copy_file_range(
+        &self,
+        _req: &Request,
+        _ino_in: INodeNo,
+        _fh_in: FileHandle,
+        _offset_in: u64,
+        _ino_out: INodeNo,
+        _fh_out: FileHandle,
+        _offset_out: u64,
+        _len: u64,
+        _flags: CopyFileRangeFlags,
+        reply: ReplyWrite,
+    ) {
+        let _turn = self.crew.turn();
+        // The kernel then reads and writes.
         reply.error(Errno::ENOSYS);
     }
 }

@@ -6,8 +6,9 @@
 //!   it invalidates through [`Front`], from a thread that serves no request and holds no lock that
 //!   a request needs.
 //! - The files of the halt locks are a mount of their own ([`lock_session`]).
-//! - FLUSH is answered with ENOSYS and switched off for every handle, so that a killed node never
-//!   waits for itself.
+//! - FLUSH is answered with ENOSYS and switched off for every handle that the node itself may have
+//!   open, so that a killed node never waits for itself. Handles of copies alone have it: it is where
+//!   they are told whether they are a database.
 //! - A reply may be given later and from any thread; the one that serves requests does not wait.
 
 use std::ffi::CString;
@@ -26,6 +27,7 @@ use crate::store::front::{Front, Holders};
 use crate::store::{LOCK_DIR, Store};
 
 mod attr;
+mod copies;
 mod crew;
 mod fs_impl;
 mod lock_session;

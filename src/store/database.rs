@@ -97,6 +97,8 @@ pub struct DbFile {
     /// The bytes on disk.
     pub file: File,
     deleted: AtomicBool,
+    /// Handles that are open for writing alone, as no handle of SQLite's is.
+    copying: AtomicU64,
 }
 
 impl DbFile {
@@ -106,12 +108,28 @@ impl DbFile {
             kind,
             file,
             deleted: AtomicBool::new(false),
+            copying: AtomicU64::new(0),
         }
     }
 
     /// Whether its name is gone.
     pub fn is_deleted(&self) -> bool {
         self.deleted.load(Ordering::Acquire)
+    }
+
+    /// A program opens it for writing alone, and so is not SQLite.
+    pub fn begin_copy(&self) {
+        self.copying.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// It has closed it.
+    pub fn end_copy(&self) {
+        self.copying.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether such a program has it open.
+    pub(super) fn is_being_copied(&self) -> bool {
+        self.copying.load(Ordering::Acquire) > 0
     }
 
     /// Takes its name away; open handles keep the bytes.

@@ -97,6 +97,14 @@ pub enum StoreError {
         /// The thread's ID.
         thread: u32,
     },
+    /// A file that was to become a database is none, or a damaged one.
+    #[error("{db}: {what}")]
+    NotADatabase {
+        /// The database.
+        db: String,
+        /// What is the matter with the file.
+        what: String,
+    },
     /// The file was deleted while it was open.
     #[error("{0} was deleted")]
     Deleted(String),
@@ -171,8 +179,8 @@ impl StoreError {
                 _ => libc::EIO,
             },
             StoreError::NotPrimary(_) => libc::EACCES,
-            StoreError::Busy { .. } => libc::EBUSY,
-            StoreError::Name(_) => libc::EINVAL,
+            StoreError::Busy { .. } | StoreError::LockTimeout { .. } => libc::EBUSY,
+            StoreError::Name(_) | StoreError::NotADatabase { .. } => libc::EINVAL,
             StoreError::NoDatabase(_) => libc::ENOENT,
             _ => libc::EIO,
         }

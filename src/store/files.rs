@@ -22,7 +22,7 @@ use super::wal::Scanned;
 pub type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
 /// Bytes that may be written to a super-journal, journal or WAL index: far more than SQLite does.
-const MAX_FILE_SIZE: u64 = 1 << 46;
+pub(super) const MAX_FILE_SIZE: u64 = 1 << 46;
 
 impl State {
     /// Of bytes that were read from the database file, the first whole page that is not what is
@@ -220,7 +220,7 @@ impl Database {
         if st.wal_mode || st.files.wal.is_some() {
             return self.write_checkpoint(&mut st, offset, data);
         }
-        Err(self.refuse("a write to the database without a journal: PRAGMA journal_mode OFF and MEMORY cannot be used here, nor can programs that copy files into the mount"))
+        Err(self.refuse("a write to the database without a journal: PRAGMA journal_mode OFF and MEMORY cannot be used here, nor can programs that change a database file by themselves"))
     }
 
     /// Whether an application may change anything at this moment.

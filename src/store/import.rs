@@ -370,7 +370,8 @@ impl Database {
         }
     }
 
-    fn remove_unwritten(&self) {
+    /// Removes the file of a database that nothing came of.
+    pub(super) fn remove_unwritten(&self) {
         let mut st = self.lock();
         if st.page_count > 0 || st.journal_active {
             return;

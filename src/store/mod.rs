@@ -23,6 +23,7 @@ mod capture;
 mod checkpoint;
 mod clients;
 mod context;
+mod copy;
 mod database;
 pub mod disk;
 mod divergent;
@@ -61,6 +62,7 @@ mod tests;
 mod wal;
 
 pub use context::{Background, Event, Options, Random, Subscription};
+pub use copy::CopiedFile;
 pub use database::{Counters, Database, DbFile, FileKind};
 pub use divergent::{Common, MAX_POSITIONS};
 pub use error::StoreError;

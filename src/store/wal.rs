@@ -184,7 +184,12 @@ impl Database {
             self.context.keep(Job::CheckIndex(self.clone()));
             return Err(self.refuse("a write to the WAL by a transaction that was begun before this node became primary: it succeeds when it is tried again"));
         }
-        if st.files.shm.is_none() {
+        let wal = st
+            .files
+            .wal
+            .clone()
+            .ok_or_else(|| StoreError::Deleted(self.mount_name(FileKind::Wal)))?;
+        if st.files.shm.is_none() && !wal.is_being_copied() {
             return Err(self.refuse("a write to the WAL without a WAL index: PRAGMA locking_mode=EXCLUSIVE cannot be used in WAL mode here, set it back to NORMAL"));
         }
         if st.page_size == 0 {
@@ -198,11 +203,6 @@ impl Database {
             self.context.keep(Job::CheckIndex(self.clone()));
             return Err(self.refuse("a write into the committed part of the WAL, by a connection that does not know of the last transaction: it will see it when it tries again"));
         }
-        let wal = st
-            .files
-            .wal
-            .clone()
-            .ok_or_else(|| StoreError::Deleted(self.mount_name(FileKind::Wal)))?;
         let path = self.path(FileKind::Wal);
         wal.file
             .write_all_at(data, offset)
