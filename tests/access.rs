@@ -302,13 +302,13 @@ fn a_replica_that_lacks_something_is_told_why() {
             &[
                 "does not know the authority",
                 "may not accept this node's certificate",
-            ],
+            ][..],
         ),
-        ("tokenless", tls(&good), &["401 Unauthorized"]),
+        ("tokenless", tls(&good), &["401 Unauthorized"][..]),
         (
             "reader",
             tls(&good) + &keys.auth("read"),
-            &["the token read lacks the right replicate"],
+            &["the token read lacks the right replicate"][..],
         ),
     ] {
         let mut replica = cluster.node(Options {
