@@ -284,6 +284,12 @@ fn holders(list: &str, device: u64, inos: &[u64]) -> Holders {
     found
 }
 
+fn log_unless_unknown(e: &io::Error, what: &str) {
+    if e.kind() != io::ErrorKind::NotFound {
+        tracing::debug!(error = %e, "cached {what} not invalidated");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -311,11 +317,5 @@ mod tests {
             only(&[11], false)
         );
         assert_eq!(holders("", device, &[9114]), only(&[], false));
-    }
-}
-
-fn log_unless_unknown(e: &io::Error, what: &str) {
-    if e.kind() != io::ErrorKind::NotFound {
-        tracing::debug!(error = %e, "cached {what} not invalidated");
     }
 }

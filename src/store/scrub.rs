@@ -237,8 +237,8 @@ impl Database {
         loop {
             let (read, odd, end) = self.compare_checksums(next)?;
             if let Some(what) = odd {
-                self.report_fault(Place::Checksums, &what, Action::Repaired);
                 self.save_checksums_anew()?;
+                self.report_fault(Place::Checksums, &what, Action::Repaired);
             }
             self.note_scrubbed(read, 0, 0);
             or_end!(pace.take(read));
@@ -254,15 +254,13 @@ impl Database {
         for segment in self.log().segments() {
             let flushed = self.log().flushed_txid();
             let mut damage = segment.header_damage();
-            let mut txid = segment.first_max;
-            for offset in segment.record_offsets() {
+            for (txid, offset) in (segment.first_max..).zip(segment.record_offsets()) {
                 if damage.is_some() || txid > flushed {
                     break;
                 }
                 let (read, found) = segment.record_damage(offset, txid);
                 self.note_scrubbed(read, 0, 1);
                 damage = found;
-                txid += 1;
                 or_end!(pace.take(read));
             }
             // It may have been replaced or removed meanwhile.
