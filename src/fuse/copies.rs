@@ -44,8 +44,8 @@ impl Copies {
     /// nothing of SQLite's. Whether there is such a handle.
     pub fn empty(&self, ino: u64) -> bool {
         let open = self.open.lock();
-        let of = open.values().filter(|c| c.ino() == ino);
-        of.fold(false, |any, copy| copy.empty() || any)
+        let emptied = open.values().filter(|c| c.ino() == ino && c.empty());
+        emptied.count() > 0
     }
 
     /// The handle is given up.

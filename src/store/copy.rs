@@ -113,12 +113,14 @@ impl CopiedFile {
         self.change(|spool| spool.write_all_at(data, offset))
     }
 
-    /// Sets the size.
+    /// Sets the size; 0 has the database count as empty.
     pub fn truncate(&self, size: u64) -> Result<(), StoreError> {
         if size > MAX_FILE_SIZE {
             return Err(self.refuse("a copy beyond the largest size of a database"));
         }
-        self.empty();
+        if size == 0 {
+            self.empty();
+        }
         self.change(|spool| spool.set_len(size))
     }
 

@@ -462,11 +462,14 @@ impl Store {
         }
     }
 
-    /// Names in the mount's root: databases that have a page, and their files.
+    /// Names in the mount's root: the files of databases, and the positions of those that have a page.
     pub fn list(&self) -> Vec<(String, u64)> {
         let mut names = Vec::new();
-        for db in self.databases().into_iter().filter(|d| d.page_count() > 0) {
-            names.push((format!("{}-pos", db.name()), db.pos_ino));
+        for db in self.databases() {
+            // One that has had no transaction has a file, and no position.
+            if db.page_count() > 0 {
+                names.push((format!("{}-pos", db.name()), db.pos_ino));
+            }
             for kind in [
                 FileKind::Database,
                 FileKind::Journal,
