@@ -13,7 +13,7 @@ pub mod server;
 mod body;
 mod halt;
 mod role;
-mod timestamp;
+pub(crate) mod timestamp;
 mod transfer;
 
 #[cfg(test)]

@@ -30,6 +30,8 @@ mod error;
 mod files;
 mod forward;
 pub mod front;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod gate;
 mod halt;
 mod import;
