@@ -5,7 +5,10 @@ use std::io::{Cursor, Read, Write};
 use super::Input;
 use super::memory::bounded;
 use crate::sqlite::journal::{self, Journal};
-use crate::sqlite::wal::{FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalChecksum, WalHeader, frame_offset, wal_checksum};
+use crate::sqlite::wal::{
+    FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalChecksum, WalHeader, frame_offset,
+    wal_checksum,
+};
 use crate::sqlite::wal_index::{IndexHeader, READ_MARKS, REGION_SIZE, WalIndex};
 use crate::sqlite::{is_page_size, lock_page};
 use crate::store::check_database;
@@ -25,16 +28,27 @@ enum Item {
 pub fn frames(data: &[u8]) {
     // A list of what was read costs more than the reading.
     let limit = 64 * data.len() + 4 * MAX_LEASE_ID_LEN + (64 << 10);
-    let whole = bounded("a stream", limit, || read_frames(&mut &data[..], data.len()));
+    let whole = bounded("a stream", limit, || {
+        read_frames(&mut &data[..], data.len())
+    });
     let step = 1 + data.len() % 7;
-    assert_eq!(whole, read_frames(&mut Pieces { rest: data, step }, data.len()));
+    assert_eq!(
+        whole,
+        read_frames(&mut Pieces { rest: data, step }, data.len())
+    );
     let mut at = 0;
     for item in &whole {
-        let Item::Frame(frame, size) = item else { continue };
+        let Item::Frame(frame, size) = item else {
+            continue;
+        };
         let mut bytes = Vec::new();
         frame.encode(&mut bytes);
         let found = data[at..].windows(bytes.len()).next();
-        assert_eq!(found, Some(&bytes[..]), "{frame:?} is written in another way");
+        assert_eq!(
+            found,
+            Some(&bytes[..]),
+            "{frame:?} is written in another way"
+        );
         at += size;
     }
     for item in &whole {
@@ -47,7 +61,9 @@ pub fn frames(data: &[u8]) {
         writer.write_all(file).expect("it goes into memory");
         writer.finish().expect("it goes into memory");
         let again = read_frames(&mut &bytes[..], bytes.len());
-        assert!(matches!(&again[..], [Item::Frame(..), Item::File(same), Item::End(_)] if same == file));
+        assert!(
+            matches!(&again[..], [Item::Frame(..), Item::File(same), Item::End(_)] if same == file)
+        );
     }
 }
 
@@ -231,12 +247,18 @@ pub fn wal(data: &[u8]) {
 fn naive_checksum(big_endian: bool, seed: WalChecksum, data: &[u8]) -> WalChecksum {
     let word = |b: &[u8]| {
         let b = b.try_into().expect("4 bytes");
-        if big_endian { u32::from_be_bytes(b) } else { u32::from_le_bytes(b) }
+        if big_endian {
+            u32::from_be_bytes(b)
+        } else {
+            u32::from_le_bytes(b)
+        }
     };
-    let sum = data.chunks_exact(8).fold((seed.0, seed.1), |(s0, s1), pair| {
-        let s0 = s0.wrapping_add(word(&pair[..4])).wrapping_add(s1);
-        (s0, s1.wrapping_add(word(&pair[4..])).wrapping_add(s0))
-    });
+    let sum = data
+        .chunks_exact(8)
+        .fold((seed.0, seed.1), |(s0, s1), pair| {
+            let s0 = s0.wrapping_add(word(&pair[..4])).wrapping_add(s1);
+            (s0, s1.wrapping_add(word(&pair[4..])).wrapping_add(s0))
+        });
     let sum = WalChecksum(sum.0, sum.1);
     assert_eq!(wal_checksum(big_endian, seed, data), sum);
     sum
@@ -274,7 +296,11 @@ impl Regions {
             let at = n * REGION_SIZE / 8;
             // SAFETY: the memory is as long as two regions and aligned to 8 bytes; it lives as long
             // as the index, does not move, and nobody else touches it.
-            unsafe { regions.index.push_region(regions.memory[at..].as_mut_ptr().cast()) };
+            unsafe {
+                regions
+                    .index
+                    .push_region(regions.memory[at..].as_mut_ptr().cast())
+            };
         }
         regions
     }
@@ -291,7 +317,9 @@ fn exercise(regions: &mut Regions, operations: &[u8], mut model: Option<Vec<u32>
             0 => {
                 let count = usize::from(input.byte()) + 1;
                 let (base, factor) = (u32::from(input.byte()), u32::from(input.byte()));
-                let pgnos: Vec<u32> = (0..count as u32).map(|i| 1 + base + i * factor % 97).collect();
+                let pgnos: Vec<u32> = (0..count as u32)
+                    .map(|i| 1 + base + i * factor % 97)
+                    .collect();
                 let first = match &model {
                     Some(frames) => frames.len() as u32 + 1,
                     None => input.word(),
@@ -338,7 +366,10 @@ fn exercise(regions: &mut Regions, operations: &[u8], mut model: Option<Vec<u32>
                 assert_eq!(index.read_mark(mark), frame);
                 index.set_n_backfill(frame);
                 index.set_n_backfill_attempted(frame);
-                assert_eq!((index.n_backfill(), index.n_backfill_attempted()), (frame, frame));
+                assert_eq!(
+                    (index.n_backfill(), index.n_backfill_attempted()),
+                    (frame, frame)
+                );
             }
             _ => {
                 let pgno = input.word() % 300;

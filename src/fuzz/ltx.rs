@@ -6,7 +6,9 @@ use lz4_flex::frame::FrameDecoder;
 
 use super::Input;
 use super::memory::bounded;
-use crate::ltx::{self, CHECKSUM_FLAG, Decoder, Encoder, HEADER_SIZE, Header, LtxError, TRAILER_SIZE, Trailer};
+use crate::ltx::{
+    self, CHECKSUM_FLAG, Decoder, Encoder, HEADER_SIZE, Header, LtxError, TRAILER_SIZE, Trailer,
+};
 
 /// The most that a reader of an LTX file may allocate: the window and the buffers of the largest
 /// block that an LZ4 frame may have (4 MiB), and a page.
@@ -39,12 +41,18 @@ pub fn merge(data: &[u8]) {
     }
     let readers: Vec<&[u8]> = files.iter().map(Vec::as_slice).collect();
     let mut merged = Vec::new();
-    let limit = files.len() * (READER_MEMORY + (64 << 10)) + READER_MEMORY + 4 * data.len() + (4 << 20);
-    let Ok(end) = bounded("a merge", limit, || ltx::merge(readers.clone(), &mut merged)) else {
+    let limit =
+        files.len() * (READER_MEMORY + (64 << 10)) + READER_MEMORY + 4 * data.len() + (4 << 20);
+    let Ok(end) = bounded("a merge", limit, || {
+        ltx::merge(readers.clone(), &mut merged)
+    }) else {
         return;
     };
     let (header, pages, trailer) = decode(&merged).expect("what is merged is a file");
-    assert_eq!((header.max_txid, trailer.post_apply_checksum), (end.txid, end.checksum));
+    assert_eq!(
+        (header.max_txid, trailer.post_apply_checksum),
+        (end.txid, end.checksum)
+    );
     let mut newest = std::collections::BTreeMap::new();
     let mut page_size = 0;
     for file in readers {
@@ -56,7 +64,10 @@ pub fn merge(data: &[u8]) {
         newest.extend(pages);
         newest.retain(|pgno, _| *pgno <= header.commit);
     }
-    assert!(newest.into_iter().eq(pages), "other pages than those of the parts");
+    assert!(
+        newest.into_iter().eq(pages),
+        "other pages than those of the parts"
+    );
 }
 
 /// The whole of a file.
@@ -79,7 +90,11 @@ fn decode_from(data: &[u8]) -> Result<(Header, Pages, Trailer, usize), LtxError>
 }
 
 /// Writes a file of these parts.
-pub fn encode(header: Header, pages: &[(u32, Vec<u8>)], post_apply: u64) -> Result<Vec<u8>, LtxError> {
+pub fn encode(
+    header: Header,
+    pages: &[(u32, Vec<u8>)],
+    post_apply: u64,
+) -> Result<Vec<u8>, LtxError> {
     let mut encoder = Encoder::new(Vec::new(), header)?;
     for (pgno, page) in pages {
         encoder.page(*pgno, page)?;
@@ -98,24 +113,40 @@ fn read(data: &[u8]) -> bool {
     };
     let lock = ltx::lock_pgno(header.page_size);
     assert!(pages.windows(2).all(|w| w[0].0 < w[1].0));
-    assert!(pages.iter().all(|(p, _)| (1..=header.commit).contains(p) && *p != lock));
+    assert!(
+        pages
+            .iter()
+            .all(|(p, _)| (1..=header.commit).contains(p) && *p != lock)
+    );
     for compressed in [false, true] {
-        let header = Header { compressed, ..header };
+        let header = Header {
+            compressed,
+            ..header
+        };
         let again = encode(header, &pages, trailer.post_apply_checksum).expect("it was accepted");
         let same = decode(&again).expect("it was written by us");
-        assert_eq!((same.0, same.2.post_apply_checksum), (header, trailer.post_apply_checksum));
+        assert_eq!(
+            (same.0, same.2.post_apply_checksum),
+            (header, trailer.post_apply_checksum)
+        );
         assert!(same.1 == pages);
     }
     let seed = trailer.file_checksum as usize;
     for cut in [0, size - 1, seed % size] {
-        assert!(ltx::verify(&data[..cut]).is_err(), "{cut} of {size} bytes are accepted");
+        assert!(
+            ltx::verify(&data[..cut]).is_err(),
+            "{cut} of {size} bytes are accepted"
+        );
     }
     let mut flipped = data[..size].to_vec();
     let at = (seed >> 7) % size;
     flipped[at] ^= 1 << (seed % 8);
     if let Ok(same) = decode(&flipped) {
         // There is more than one way to compress the same bytes.
-        assert!(header.compressed && at >= HEADER_SIZE, "a bit flipped at {at} is accepted");
+        assert!(
+            header.compressed && at >= HEADER_SIZE,
+            "a bit flipped at {at} is accepted"
+        );
         assert!(same == (header, pages, trailer));
     }
     true
@@ -136,7 +167,10 @@ pub fn seal(data: &[u8]) -> Option<(Vec<u8>, bool)> {
         rest[..rest.len().saturating_sub(TRAILER_SIZE)].to_vec()
     };
     let post = data.last_chunk::<TRAILER_SIZE>()?.first_chunk::<8>()?;
-    let header = Header { compressed: false, ..header };
+    let header = Header {
+        compressed: false,
+        ..header
+    };
     let (plausible, sum) = naive(&header, &content);
     let post = match (header.commit, header.is_snapshot()) {
         (0, _) => CHECKSUM_FLAG,
@@ -155,7 +189,10 @@ pub fn seal(data: &[u8]) -> Option<(Vec<u8>, bool)> {
 /// pages.
 fn naive(header: &Header, content: &[u8]) -> (bool, u64) {
     let size = header.page_size as usize;
-    let (lock, commit) = (u64::from(ltx::lock_pgno(header.page_size)), u64::from(header.commit));
+    let (lock, commit) = (
+        u64::from(ltx::lock_pgno(header.page_size)),
+        u64::from(header.commit),
+    );
     let (mut at, mut last, mut sum) = (0, 0, 0);
     loop {
         let Some(number) = content.get(at..at + 4) else {
@@ -171,7 +208,11 @@ fn naive(header: &Header, content: &[u8]) -> (bool, u64) {
         };
         at += size;
         let next = if last + 1 == lock { last + 2 } else { last + 1 };
-        let order = if header.is_snapshot() { pgno == next } else { pgno > last };
+        let order = if header.is_snapshot() {
+            pgno == next
+        } else {
+            pgno > last
+        };
         if !order || pgno > commit || pgno == lock {
             return (false, sum | CHECKSUM_FLAG);
         }

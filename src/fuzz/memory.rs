@@ -77,7 +77,10 @@ pub fn bounded<T>(what: &str, limit: usize, work: impl FnOnce() -> T) -> T {
     PEAK.set(before);
     let result = work();
     let peak = PEAK.get().wrapping_sub(before);
-    assert!(peak <= limit, "{what} took {peak} bytes, {limit} are allowed");
+    assert!(
+        peak <= limit,
+        "{what} took {peak} bytes, {limit} are allowed"
+    );
     result
 }
 
@@ -88,8 +91,18 @@ mod tests {
     #[test]
     fn the_most_at_any_moment_counts() {
         let small = |_| vec![0u8; 1000];
-        assert_eq!(bounded("ten, one after the other", 1100, || (0..10).map(small).map(|v| v.len()).sum::<usize>()), 10_000);
-        let kept = std::panic::catch_unwind(|| bounded("ten at once", 1100, || (0..10).map(small).collect::<Vec<_>>()));
+        assert_eq!(
+            bounded("ten, one after the other", 1100, || (0..10)
+                .map(small)
+                .map(|v| v.len())
+                .sum::<usize>()),
+            10_000
+        );
+        let kept = std::panic::catch_unwind(|| {
+            bounded("ten at once", 1100, || {
+                (0..10).map(small).collect::<Vec<_>>()
+            })
+        });
         assert!(kept.is_err());
     }
 }

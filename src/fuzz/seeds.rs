@@ -17,9 +17,15 @@ fn root() -> PathBuf {
 /// The files in a directory, in the order of their names; none if there is no directory.
 fn files(dir: &Path) -> Vec<Vec<u8>> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|p| p.is_file()).collect();
+    let mut paths: Vec<PathBuf> = entries
+        .map(|entry| entry.path())
+        .filter(|p| p.is_file())
+        .collect();
     paths.sort();
-    paths.iter().map(|path| fs::read(path).expect("it was listed")).collect()
+    paths
+        .iter()
+        .map(|path| fs::read(path).expect("it was listed"))
+        .collect()
 }
 
 fn kept(kind: &str) -> Vec<Vec<u8>> {
@@ -48,17 +54,30 @@ pub fn seeds(target: &str) -> Vec<Vec<u8>> {
         "journal" => journals(),
         "wal" => kept("wal"),
         "wal_index" => operations(&[
-            &[0, 4, 1, 2, 3, 4, 0, 20, 1, 3, 5, 0, 0, 0, 7, 0, 5, 1, 0, 3, 2, 1, 2, 3],
-            &[0, 0, 0, 255, 0, 1, 0, 255, 9, 7, 5, 0, 0, 0, 9, 1, 0, 3, 4, 2, 0, 0, 1],
+            &[
+                0, 4, 1, 2, 3, 4, 0, 20, 1, 3, 5, 0, 0, 0, 7, 0, 5, 1, 0, 3, 2, 1, 2, 3,
+            ],
+            &[
+                0, 0, 0, 255, 0, 1, 0, 255, 9, 7, 5, 0, 0, 0, 9, 1, 0, 3, 4, 2, 0, 0, 1,
+            ],
         ]),
         "wal_capture" => operations(&[
-            &[0, 1, 130, 9, 0, 0, 0, 1, 4, 140, 3, 0, 9, 1, 5, 1, 0, 140, 1],
-            &[0, 5, 0, 1, 0, 0, 0, 0, 6, 0, 2, 0, 0, 0, 5, 1, 5, 200, 7, 7, 0, 0, 0, 9, 0, 1, 150, 1, 0, 0],
+            &[
+                0, 1, 130, 9, 0, 0, 0, 1, 4, 140, 3, 0, 9, 1, 5, 1, 0, 140, 1,
+            ],
+            &[
+                0, 5, 0, 1, 0, 0, 0, 0, 6, 0, 2, 0, 0, 0, 5, 1, 5, 200, 7, 7, 0, 0, 0, 9, 0, 1,
+                150, 1, 0, 0,
+            ],
             &[0, 1, 132, 9, 0, 0, 0, 6, 0, 40, 3, 1, 2, 3, 4],
         ]),
         "replica" => operations(&[
-            &[0, 1, 0, 4, 9, 0, 0, 0, 5, 3, 0, 255, 0, 2, 0, 6, 3, 1, 1, 0, 0, 3, 1],
-            &[0, 1, 0, 4, 9, 0, 0, 215, 5, 3, 0, 255, 0, 0, 205, 3, 1, 0, 255, 0, 0, 0, 0, 9],
+            &[
+                0, 1, 0, 4, 9, 0, 0, 0, 5, 3, 0, 255, 0, 2, 0, 6, 3, 1, 1, 0, 0, 3, 1,
+            ],
+            &[
+                0, 1, 0, 4, 9, 0, 0, 215, 5, 3, 0, 255, 0, 0, 205, 3, 1, 0, 255, 0, 0, 0, 0, 9,
+            ],
             &[0, 1, 0, 3, 9, 0, 0, 0, 11, 255, 255, 255, 255, 1, 0, 255],
         ]),
         "log_segment" | "sums" | "intent" => store::fuzz::seeds(target),
@@ -82,10 +101,19 @@ fn stream() -> Vec<Vec<u8>> {
     let mut ours = Vec::new();
     for frame in [
         Frame::Ready,
-        Frame::DropDb { name: "gone.db".into() },
-        Frame::HighWaterMark { txid: 9, name: "a.db".into() },
-        Frame::Heartbeat { timestamp: 1_795_380_353_000 },
-        Frame::Handoff { lease_id: "56c5d282-ffdb-3ab2-04ba-b0c941aa2134".into() },
+        Frame::DropDb {
+            name: "gone.db".into(),
+        },
+        Frame::HighWaterMark {
+            txid: 9,
+            name: "a.db".into(),
+        },
+        Frame::Heartbeat {
+            timestamp: 1_795_380_353_000,
+        },
+        Frame::Handoff {
+            lease_id: "56c5d282-ffdb-3ab2-04ba-b0c941aa2134".into(),
+        },
     ] {
         frame.encode(&mut ours);
     }
@@ -97,7 +125,10 @@ fn stream() -> Vec<Vec<u8>> {
 }
 
 fn position_maps() -> Vec<Vec<u8>> {
-    let pos = |txid| Pos { txid, checksum: u64::MAX - txid };
+    let pos = |txid| Pos {
+        txid,
+        checksum: u64::MAX - txid,
+    };
     let map = ["a.db", "b.db", "ünï"].map(|name| (name.to_owned(), pos(name.len() as u64)));
     vec![
         posmap::encode(&posmap::PosMap::new()),
@@ -113,7 +144,12 @@ fn journals() -> Vec<Vec<u8>> {
     let mut named = seeds[0][..1024].to_vec();
     named.extend_from_slice(name);
     named.extend((name.len() as u32).to_be_bytes());
-    named.extend(name.iter().map(|b| u32::from(*b)).sum::<u32>().to_be_bytes());
+    named.extend(
+        name.iter()
+            .map(|b| u32::from(*b))
+            .sum::<u32>()
+            .to_be_bytes(),
+    );
     named.extend(MAGIC);
     seeds.push(named);
     seeds

@@ -15,7 +15,20 @@ const LEAST: usize = 100;
 const MOST: usize = 4000;
 
 /// Bytes that numbers are made of where things break.
-const EDGES: [u64; 12] = [0, 1, 2, 7, 0x7f, 0xff, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, i64::MAX as u64, 1 << 63, u64::MAX];
+const EDGES: [u64; 12] = [
+    0,
+    1,
+    2,
+    7,
+    0x7f,
+    0xff,
+    0x7fff_ffff,
+    0x8000_0000,
+    0xffff_ffff,
+    i64::MAX as u64,
+    1 << 63,
+    u64::MAX,
+];
 
 fn run(target: &str) {
     let all = seeds::seeds(target);
@@ -32,7 +45,11 @@ fn run(target: &str) {
         attempt(target, &mutation(&all, &mut random));
         done += 1;
     }
-    println!("{target}: {} seeds, {done} mutations in {:?}", inputs.len(), begun.elapsed());
+    println!(
+        "{target}: {} seeds, {done} mutations in {:?}",
+        inputs.len(),
+        begun.elapsed()
+    );
 }
 
 /// Runs a body; keeps what it fails on.
@@ -40,7 +57,10 @@ fn attempt(target: &str, input: &[u8]) {
     if let Err(panic) = catch_unwind(AssertUnwindSafe(|| body(target)(input))) {
         let kept = std::env::temp_dir().join(format!("tenure-fuzz-{target}"));
         std::fs::write(&kept, input).expect("the input is kept");
-        eprintln!("the input is {}: put it into tests/fuzz/crashers/{target}", kept.display());
+        eprintln!(
+            "the input is {}: put it into tests/fuzz/crashers/{target}",
+            kept.display()
+        );
         std::panic::resume_unwind(panic);
     }
 }

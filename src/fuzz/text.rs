@@ -38,9 +38,19 @@ fn check_config(c: &Config) {
     assert!(c.fuse.dir.is_absolute() && c.data.dir.is_absolute());
     assert_ne!(c.fuse.dir, c.data.dir);
     assert!(split_addr(&c.http.addr).is_some());
-    assert!(c.lease.databases.iter().all(|name| check_database(name).is_ok()));
+    assert!(
+        c.lease
+            .databases
+            .iter()
+            .all(|name| check_database(name).is_ok())
+    );
     let century = Duration::from_secs(101 * 365 * 24 * 3600);
-    for duration in [c.data.retention, c.http.snapshot_timeout, c.proxy.max_lag, c.lease.reconnect_delay] {
+    for duration in [
+        c.data.retention,
+        c.http.snapshot_timeout,
+        c.proxy.max_lag,
+        c.lease.reconnect_delay,
+    ] {
         assert!(duration < century);
     }
     assert!(c.exec.iter().all(|e| !e.cmd.is_empty()));
@@ -64,10 +74,19 @@ pub fn values(data: &[u8]) {
         // LiteFS's clients read it as RFC 3339, which ends with the year 9999.
         let shown = crate::http::timestamp::rfc3339(ms);
         let since = Duration::from_millis(ms.unsigned_abs());
-        if let Some(at) = UNIX_EPOCH.checked_add(since).filter(|_| (0..253_402_300_800_000).contains(&ms)) {
+        if let Some(at) = UNIX_EPOCH
+            .checked_add(since)
+            .filter(|_| (0..253_402_300_800_000).contains(&ms))
+        {
             let whole = humantime::format_rfc3339_millis(at).to_string();
-            let short = whole.trim_end_matches('Z').trim_end_matches('0').trim_end_matches('.');
-            assert!(shown.starts_with(short) || shown.starts_with(&whole[..19]), "{shown} {whole}");
+            let short = whole
+                .trim_end_matches('Z')
+                .trim_end_matches('0')
+                .trim_end_matches('.');
+            assert!(
+                shown.starts_with(short) || shown.starts_with(&whole[..19]),
+                "{shown} {whole}"
+            );
         }
     }
     requests(data);
@@ -78,7 +97,10 @@ fn name(text: &str) {
     let accepted = check_database(text).is_ok();
     let parts: Vec<Component> = Path::new(text).components().collect();
     if accepted {
-        assert!(matches!(parts[..], [Component::Normal(part)] if part == text), "{text:?} is no file's name");
+        assert!(
+            matches!(parts[..], [Component::Normal(part)] if part == text),
+            "{text:?} is no file's name"
+        );
         assert!(!text.chars().any(char::is_control), "{text:?}");
         for suffix in ["-journal", "-wal", "-shm", "-pos", "-lock"] {
             let file = format!("{text}{suffix}");
@@ -87,7 +109,9 @@ fn name(text: &str) {
         }
     }
     match Name::parse(text) {
-        Name::File(_, db) | Name::Pos(db) | Name::Lock(db) => check_database(db).expect("a database's file"),
+        Name::File(_, db) | Name::Pos(db) | Name::Lock(db) => {
+            check_database(db).expect("a database's file")
+        }
         Name::SuperJournal(name) => assert!(!name.contains('/') && name.len() <= 255, "{name:?}"),
         Name::Primary | Name::Lag | Name::LockDir | Name::Invalid => assert!(!accepted),
     }
@@ -108,8 +132,13 @@ fn requests(data: &[u8]) {
     let lines: Vec<&[u8]> = data.split(|b| *b == b'\n').take(64).collect();
     for line in &lines {
         let mut halves = line.splitn(2, |b| *b == b':');
-        let (name, value) = (halves.next().unwrap_or_default(), halves.next().unwrap_or_default());
-        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), HeaderValue::from_bytes(value)) {
+        let (name, value) = (
+            halves.next().unwrap_or_default(),
+            halves.next().unwrap_or_default(),
+        );
+        if let (Ok(name), Ok(value)) =
+            (HeaderName::from_bytes(name), HeaderValue::from_bytes(value))
+        {
             map.append(name, value);
         }
     }
@@ -129,7 +158,11 @@ fn requests(data: &[u8]) {
     let health = path == route::HEALTH_PATH;
     let passed = rules.route(&Method::GET, &path, false) == route::Route::Passthrough;
     if pattern.len() * decoded.len() < 4096 {
-        assert_eq!(passed, !health && naive_match(pattern.as_bytes(), &decoded), "{pattern:?} {path:?}");
+        assert_eq!(
+            passed,
+            !health && naive_match(pattern.as_bytes(), &decoded),
+            "{pattern:?} {path:?}"
+        );
     }
     let Ok(mut request) = Request::builder().uri(&*path).body(()) else {
         return;
@@ -138,7 +171,13 @@ fn requests(data: &[u8]) {
     let mut parts = request.into_parts().0;
     headers::pass_on(&mut parts, [127, 0, 0, 1].into());
     let left = &parts.headers;
-    let gone = ["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"];
+    let gone = [
+        "connection",
+        "keep-alive",
+        "proxy-connection",
+        "transfer-encoding",
+        "upgrade",
+    ];
     assert!(gone.iter().all(|name| !left.contains_key(*name)));
     let client = left["x-forwarded-for"].as_bytes();
     assert!(client.ends_with(b"127.0.0.1") && left.get_all("x-forwarded-for").iter().count() == 1);

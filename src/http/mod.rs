@@ -1,7 +1,7 @@
 //! The node's HTTP API: the server that other nodes and operators talk to.
 //!
 //! [`server`] owns the sockets: it listens, tells the HTTP versions apart, bounds how long a peer may
-//! take, and stops in order. [`api`] owns the paths and what they answer, [`events`] the stream of
+//! take, and stops in order; `guests` how much one may hold. [`api`] owns the paths and what they answer, [`events`] the stream of
 //! events, [`metrics`] the numbers, [`role`] what changes the primary, [`halt`] the halt lock,
 //! [`transfer`] databases as files. The client side of `/stream` is [`crate::stream::receiver`].
 
@@ -11,6 +11,7 @@ pub mod metrics;
 pub mod server;
 
 mod body;
+mod guests;
 mod halt;
 mod role;
 pub(crate) mod timestamp;

@@ -19,6 +19,7 @@ use crate::stream::common::{self, MAX_LEN};
 use crate::stream::parse_node_id;
 
 use super::api::{Api, BODY_TIMEOUT, collect, refuse};
+use super::guests::Connection;
 
 /// The paths of this module.
 pub(super) fn routes(
@@ -40,6 +41,7 @@ pub(super) fn routes(
     let common = warp::path!("common")
         .and(warp::post())
         .and(api)
+        .and(warp::ext::get::<Arc<Connection>>())
         .and(warp::query::<Common>())
         .and(warp::body::stream())
         .then(find_common);
@@ -92,6 +94,7 @@ struct Common {
 /// if it cannot tell.
 async fn find_common<B: Buf>(
     api: Arc<Api>,
+    connection: Arc<Connection>,
     query: Common,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Response {
@@ -105,6 +108,10 @@ async fn find_common<B: Buf>(
             "this node is not the primary",
         );
     }
+    let place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     let bytes = match timeout(BODY_TIMEOUT, collect(body, MAX_LEN)).await {
         Err(_) => return refuse(StatusCode::REQUEST_TIMEOUT, "the positions did not come"),
         Ok(Err(e)) => return bad(&e),
@@ -116,7 +123,11 @@ async fn find_common<B: Buf>(
     let Some(db) = api.store.database(&query.name) else {
         return refuse(StatusCode::NOT_FOUND, "there is no such database");
     };
-    match tokio::task::spawn_blocking(move || db.newest_common(&positions)).await {
+    let found = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        db.newest_common(&positions)
+    });
+    match found.await {
         Ok(store::Common::At(pos)) => common::encode(&[pos]).into_response(),
         Ok(store::Common::Nothing) => common::encode(&[]).into_response(),
         Ok(store::Common::Unknown) => refuse(StatusCode::NOT_FOUND, "the log says nothing of it"),

@@ -18,7 +18,9 @@ use crate::fuzz::Input;
 use crate::fuzz::memory::bounded;
 use crate::ltx::{self, CHECKSUM_FLAG, Encoder, Header, page_checksum};
 use crate::sqlite::journal::MAGIC;
-use crate::sqlite::wal::{FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalHeader, frame_offset};
+use crate::sqlite::wal::{
+    FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalHeader, frame_offset,
+};
 
 /// Bytes of a page in what is made up here.
 const PAGE: usize = 512;
@@ -68,15 +70,20 @@ fn assert_image(db: &Arc<Database>, image: &Image) {
     assert_eq!(db.broken(), None);
     let mut bytes = Vec::new();
     let mut snapshot = db.snapshot().expect("it can be read");
-    snapshot.write_database(&mut bytes).expect("it goes into memory");
+    snapshot
+        .write_database(&mut bytes)
+        .expect("it goes into memory");
     assert!(bytes == image.concat(), "other bytes than were committed");
     assert_eq!(db.pos().checksum, checksum(image));
 }
 
 fn wait(operation: impl FnOnce(Done)) -> Result<(), StoreError> {
     let (tell, told) = mpsc::channel();
-    operation(Box::new(move |result| tell.send(result).expect("it is waited for")));
-    told.recv_timeout(Duration::from_secs(20)).expect("it is answered in time")
+    operation(Box::new(move |result| {
+        tell.send(result).expect("it is waited for")
+    }));
+    told.recv_timeout(Duration::from_secs(20))
+        .expect("it is answered in time")
 }
 
 /// Writes to a WAL, as SQLite does and as it does not. What the store takes for committed is what a
@@ -91,7 +98,10 @@ pub fn wal_capture(data: &[u8]) {
     let wal = db.create(FileKind::Wal, false).expect("a WAL");
     db.create(FileKind::Shm, false).expect("an index");
     let mut naive = NaiveWal::default();
-    let mut writer = WalWriter { header: WalHeader::new(PAGE as u32, 0, 1, 2), frames: Vec::new() };
+    let mut writer = WalWriter {
+        header: WalHeader::new(PAGE as u32, 0, 1, 2),
+        frames: Vec::new(),
+    };
     let mut input = Input(data);
     let mut writes = vec![(0, writer.header.encode().to_vec())];
     for _ in 0..200 {
@@ -110,7 +120,10 @@ pub fn wal_capture(data: &[u8]) {
     drop(db);
     store.close();
     drop(store);
-    assert_image(&open(dir.path()).database("w").expect("it is there"), &image);
+    assert_image(
+        &open(dir.path()).database("w").expect("it is there"),
+        &image,
+    );
 }
 
 /// Makes a database by a transaction in a rollback mode.
@@ -118,7 +131,11 @@ fn create(db: &Arc<Database>, image: &Image) {
     let file = db.create(FileKind::Database, false).expect("a database");
     let journal = db.create(FileKind::Journal, false).expect("a journal");
     let mut head = MAGIC.to_vec();
-    head.extend([0u32, 1, 0, PAGE as u32, PAGE as u32].map(u32::to_be_bytes).concat());
+    head.extend(
+        [0u32, 1, 0, PAGE as u32, PAGE as u32]
+            .map(u32::to_be_bytes)
+            .concat(),
+    );
     head.resize(PAGE, 0);
     wait(|done| db.write(&journal, 0, &head, done)).expect("a journal's header");
     wait(|done| db.write(&file, 0, &image.concat(), done)).expect("pages");
@@ -137,9 +154,15 @@ impl WalWriter {
         match input.byte() % 8 {
             0..=4 => {
                 let frame = self.frame(self.frames.len(), input);
-                let (cut, reversed) = (usize::from(input.short()) % (frame.1.len() + 1), input.byte() & 1 == 1);
+                let (cut, reversed) = (
+                    usize::from(input.short()) % (frame.1.len() + 1),
+                    input.byte() & 1 == 1,
+                );
                 let (head, tail) = frame.1.split_at(cut);
-                let mut writes = vec![(frame.0, head.to_vec()), (frame.0 + cut as u64, tail.to_vec())];
+                let mut writes = vec![
+                    (frame.0, head.to_vec()),
+                    (frame.0 + cut as u64, tail.to_vec()),
+                ];
                 writes.retain(|(_, bytes)| !bytes.is_empty());
                 if reversed {
                     writes.reverse();
@@ -158,7 +181,8 @@ impl WalWriter {
             }
             _ => {
                 let (seq, salt) = (self.header.checkpoint_seq + 1, input.word());
-                self.header = WalHeader::new(PAGE as u32, seq, self.header.salt1.wrapping_add(1), salt);
+                self.header =
+                    WalHeader::new(PAGE as u32, seq, self.header.salt1.wrapping_add(1), salt);
                 self.frames.clear();
                 vec![(0, self.header.encode().to_vec())]
             }
@@ -168,10 +192,17 @@ impl WalWriter {
     /// A right frame in the place of the one of this index; those after it are forgotten.
     fn frame(&mut self, index: usize, input: &mut Input) -> (u64, Vec<u8>) {
         let (pgno, commit) = (1 + u32::from(input.byte()) % 9, input.byte());
-        let commit = if commit < 128 { 0 } else { u32::from(commit - 127) % 12 };
+        let commit = if commit < 128 {
+            0
+        } else {
+            u32::from(commit - 127) % 12
+        };
         let page = page(pgno, input.byte(), commit);
         self.frames.truncate(index);
-        let before = self.frames.last().map_or(self.header.checksum, |f| f.checksum);
+        let before = self
+            .frames
+            .last()
+            .map_or(self.header.checksum, |f| f.checksum);
         let frame = FrameHeader::for_page(&self.header, before, pgno, commit, &page);
         self.frames.push(frame);
         let mut bytes = frame.encode().to_vec();
@@ -199,7 +230,11 @@ impl NaiveWal {
             (self.written_to, self.committed) = (0, 0);
         }
         self.written_to = self.written_to.max(end);
-        let Some(header) = self.file.first_chunk().and_then(|head| WalHeader::decode(head).ok()) else {
+        let Some(header) = self
+            .file
+            .first_chunk()
+            .and_then(|head| WalHeader::decode(head).ok())
+        else {
             return;
         };
         if header.page_size != PAGE as u32 {
@@ -215,7 +250,10 @@ impl NaiveWal {
             let frame = FrameHeader::decode(self.file[at..].first_chunk().expect("it is there"));
             let page = &self.file[page..page + PAGE];
             let salts = (frame.salt1, frame.salt2) == (header.salt1, header.salt2);
-            if frame.pgno == 0 || !salts || frame.expected_checksum(header.big_endian, chain, page) != frame.checksum {
+            if frame.pgno == 0
+                || !salts
+                || frame.expected_checksum(header.big_endian, chain, page) != frame.checksum
+            {
                 return;
             }
             chain = frame.checksum;
@@ -255,19 +293,35 @@ pub fn replica(data: &[u8]) {
             Ok(encoder) => encoder,
             Err(_) => continue,
         };
-        let written = pages.iter().try_for_each(|(pgno, page)| encoder.page(*pgno, page));
+        let written = pages
+            .iter()
+            .try_for_each(|(pgno, page)| encoder.page(*pgno, page));
         let Ok((bytes, _)) = written.and_then(|()| encoder.finish(post)) else {
             continue;
         };
         let mut common = |_: &str, _: &[Pos]| Common::Unknown;
-        let received = bounded("a transaction", 32 << 20, || store.receive(name, &mut &bytes[..], &mut common));
+        let received = bounded("a transaction", 32 << 20, || {
+            store.receive(name, &mut &bytes[..], &mut common)
+        });
         match received {
             Ok(Received::Applied(at)) => {
-                assert_eq!(at, Pos { txid: header.max_txid, checksum: post });
+                assert_eq!(
+                    at,
+                    Pos {
+                        txid: header.max_txid,
+                        checksum: post
+                    }
+                );
                 assert_eq!(post, checksum(&after), "a wrong checksum is accepted");
                 (*pos, *image) = (at, after);
             }
-            Ok(Received::Known) => assert_eq!(Pos { txid: header.max_txid, checksum: post }, *pos),
+            Ok(Received::Known) => assert_eq!(
+                Pos {
+                    txid: header.max_txid,
+                    checksum: post
+                },
+                *pos
+            ),
             Err(e) => assert!(!good, "refused: {e}"),
         }
         for (name, (pos, image)) in &models {
@@ -288,7 +342,11 @@ pub fn replica(data: &[u8]) {
 
 /// A transaction on a database at this position: its header, pages and checksum, what it makes of the
 /// database, and whether nothing is wrong with it.
-fn transaction(input: &mut Input, pos: Pos, image: &Image) -> (Header, Vec<(u32, Vec<u8>)>, u64, Image, bool) {
+fn transaction(
+    input: &mut Input,
+    pos: Pos,
+    image: &Image,
+) -> (Header, Vec<(u32, Vec<u8>)>, u64, Image, bool) {
     let (flags, wrong) = (input.byte(), input.byte());
     let snapshot = flags & 1 == 1 || pos.is_zero();
     let size = image.len() as u32;
@@ -299,9 +357,15 @@ fn transaction(input: &mut Input, pos: Pos, image: &Image) -> (Header, Vec<(u32,
     }
     let some = commit.min(12);
     let fill = input.byte();
-    let mask = if snapshot || commit == 0 { u16::MAX } else { input.short() | 1 };
+    let mask = if snapshot || commit == 0 {
+        u16::MAX
+    } else {
+        input.short() | 1
+    };
     let sent = (1..=some).filter(|p| *p > size || mask & (1 << (p - 1)) != 0);
-    let pages: Vec<_> = sent.map(|p| (p, page(p, fill.wrapping_add(p as u8), commit))).collect();
+    let pages: Vec<_> = sent
+        .map(|p| (p, page(p, fill.wrapping_add(p as u8), commit)))
+        .collect();
     let mut after = image.clone();
     if snapshot {
         after.clear();
@@ -324,7 +388,11 @@ fn transaction(input: &mut Input, pos: Pos, image: &Image) -> (Header, Vec<(u32,
         wal_salt2: 0,
         node_id: 5,
     };
-    let mut post = if commit == 0 { CHECKSUM_FLAG } else { checksum(&after) };
+    let mut post = if commit == 0 {
+        CHECKSUM_FLAG
+    } else {
+        checksum(&after)
+    };
     match wrong {
         0..=200 => {}
         201..=210 => header.pre_apply_checksum ^= 1,
@@ -349,7 +417,9 @@ pub fn log_segment(data: &[u8]) {
     if kind & 2 == 2 {
         seal_segment(&mut bytes);
     }
-    let first = bytes.get(16..24).map_or(1, |b| u64::from_be_bytes(b.try_into().expect("8 bytes")));
+    let first = bytes
+        .get(16..24)
+        .map_or(1, |b| u64::from_be_bytes(b.try_into().expect("8 bytes")));
     fs::write(dir.path().join(segment::file_name(first)), &bytes).expect("it is written");
     let limit = 4 * bytes.len() + (2 << 20);
     let Ok(log) = bounded("a log", limit, || Log::open(dir.path(), Duration::MAX, 0)) else {
@@ -360,7 +430,11 @@ pub fn log_segment(data: &[u8]) {
         assert_eq!(header.length, body.len() as u64);
         assert_eq!(header.body_crc, crc_fast::checksum(Crc64GoIso, body));
     }
-    assert!(records.windows(2).all(|w| w[1].0.min_txid == w[0].0.max_txid + 1 && w[1].0.max_txid == w[1].0.min_txid));
+    assert!(
+        records
+            .windows(2)
+            .all(|w| w[1].0.min_txid == w[0].0.max_txid + 1 && w[1].0.max_txid == w[1].0.min_txid)
+    );
     drop(log);
     let again = Log::open(dir.path(), Duration::MAX, 0).expect("it opened before");
     assert!(self::records(&again) == records);
@@ -393,7 +467,10 @@ fn seal_segment(bytes: &mut [u8]) {
     while at + RECORD_HEADER_SIZE <= bytes.len() {
         let length = u64::from_be_bytes(bytes[at + 8..at + 16].try_into().expect("8 bytes"));
         let body = at + RECORD_HEADER_SIZE;
-        let end = usize::try_from(length).ok().and_then(|n| body.checked_add(n)).unwrap_or(usize::MAX);
+        let end = usize::try_from(length)
+            .ok()
+            .and_then(|n| body.checked_add(n))
+            .unwrap_or(usize::MAX);
         if let Some(whole) = bytes.get(body..end) {
             let crc = crc_fast::checksum(Crc64GoIso, whole);
             bytes[at + 40..at + 48].copy_from_slice(&crc.to_be_bytes());
@@ -410,7 +487,8 @@ fn seal_segment(bytes: &mut [u8]) {
 
 /// A log with one fault: what is left of it is an error, or a prefix of its records.
 fn damaged_segment(input: &mut Input) {
-    static GOOD: OnceLock<(String, Vec<u8>, Vec<(segment::RecordHeader, Vec<u8>)>)> = OnceLock::new();
+    static GOOD: OnceLock<(String, Vec<u8>, Vec<(segment::RecordHeader, Vec<u8>)>)> =
+        OnceLock::new();
     let (name, good, whole) = GOOD.get_or_init(|| {
         let dir = scratch();
         let log = Log::open(dir.path(), Duration::MAX, 0).expect("a log");
@@ -424,20 +502,32 @@ fn damaged_segment(input: &mut Input) {
         let records = records(&log);
         log.close().expect("it is closed");
         let path = dir.path().join(segment::file_name(1));
-        (segment::file_name(1), fs::read(path).expect("it is there"), records)
+        (
+            segment::file_name(1),
+            fs::read(path).expect("it is there"),
+            records,
+        )
     });
     let mut bytes = good.clone();
-    let (what, a, b) = (input.byte() % 6, input.word() as usize % good.len(), input.word() as usize % good.len());
+    let (what, a, b) = (
+        input.byte() % 6,
+        input.word() as usize % good.len(),
+        input.word() as usize % good.len(),
+    );
     let mut certain = false;
     match what {
         0 => bytes.truncate(a),
         // A burst of up to 32 bits, which both CRCs find whatever it is.
         1 | 2 => {
             let burst = input.word().to_be_bytes();
-            bytes[a..].iter_mut().zip(burst).for_each(|(byte, b)| *byte ^= b);
+            bytes[a..]
+                .iter_mut()
+                .zip(burst)
+                .for_each(|(byte, b)| *byte ^= b);
             // The last record but one says that all before it were flushed.
             let last_two: usize = whole[4..].iter().map(|(h, _)| h.disk_size() as usize).sum();
-            certain = bytes != *good && (SEGMENT_HEADER_SIZE as usize..good.len() - last_two - 4).contains(&a);
+            certain = bytes != *good
+                && (SEGMENT_HEADER_SIZE as usize..good.len() - last_two - 4).contains(&a);
         }
         3 => bytes[a.min(b)..a.max(b)].fill(0),
         // A block that was written in another's place.
@@ -452,7 +542,10 @@ fn damaged_segment(input: &mut Input) {
     let left = records(&log);
     assert!(whole.starts_with(&left), "records that nobody wrote");
     let padding = certain && left == *whole;
-    assert!(!certain || padding, "a flushed record is damaged, and nobody says so");
+    assert!(
+        !certain || padding,
+        "a flushed record is damaged, and nobody says so"
+    );
 }
 
 /// The file of page checksums, as it is and with the checksums of its headers set right.
@@ -469,7 +562,9 @@ pub fn sums(data: &[u8]) {
     }
     for bytes in [data, &sealed] {
         fs::write(&path, bytes).expect("it is written");
-        let loaded = bounded("page checksums", 8 * bytes.len() + (64 << 10), || sums::load(&path));
+        let loaded = bounded("page checksums", 8 * bytes.len() + (64 << 10), || {
+            sums::load(&path)
+        });
         let Ok(Some((header, mut sums))) = loaded else {
             continue;
         };
@@ -482,8 +577,13 @@ pub fn sums(data: &[u8]) {
         sums.mark_all_dirty();
         let copy = dir.path().join("copy");
         sums::save(&copy, &sums.take_changes(), &next).expect("it is written");
-        let (found, again) = sums::load(&copy).expect("it is whole").expect("it is there");
-        assert_eq!((found, again.checksum(), again.len()), (next, sums.checksum(), sums.len()));
+        let (found, again) = sums::load(&copy)
+            .expect("it is whole")
+            .expect("it is there");
+        assert_eq!(
+            (found, again.checksum(), again.len()),
+            (next, sums.checksum(), sums.len())
+        );
         fs::remove_file(copy).expect("it is there");
     }
 }
@@ -519,21 +619,36 @@ pub fn intent(data: &[u8]) {
     for db in store.databases() {
         let mut bytes = Vec::new();
         if db.broken().is_none() && db.page_size() > 0 {
-            db.snapshot().and_then(|mut s| s.write_database(&mut bytes)).expect("it can be read");
+            db.snapshot()
+                .and_then(|mut s| s.write_database(&mut bytes))
+                .expect("it can be read");
             let size = db.page_size() as usize;
-            let image: u64 = bytes.chunks(size).zip(1..).filter(|(_, p)| *p != ltx::lock_pgno(size as u32)).fold(0, |sum, (page, pgno)| sum ^ page_checksum(pgno, page));
+            let image: u64 = bytes
+                .chunks(size)
+                .zip(1..)
+                .filter(|(_, p)| *p != ltx::lock_pgno(size as u32))
+                .fold(0, |sum, (page, pgno)| sum ^ page_checksum(pgno, page));
             assert_eq!(db.pos().checksum, image | CHECKSUM_FLAG);
         }
     }
     store.close();
-    let left: Vec<_> = fs::read_dir(dir.path()).expect("a list").map(|e| e.expect("an entry").file_name()).collect();
+    let left: Vec<_> = fs::read_dir(dir.path())
+        .expect("a list")
+        .map(|e| e.expect("an entry").file_name())
+        .collect();
     let known = ["dbs", "super", "lock", "clusterid", "epoch"];
-    assert!(left.iter().all(|n| known.iter().any(|k| n == k)), "{left:?}");
+    assert!(
+        left.iter().all(|n| known.iter().any(|k| n == k)),
+        "{left:?}"
+    );
 }
 
 /// What the node writes itself, for the bodies here.
 pub(crate) fn seeds(target: &str) -> Vec<Vec<u8>> {
-    let ltx: Vec<Vec<u8>> = crate::fuzz::seeds::seeds("ltx").into_iter().take(4).collect();
+    let ltx: Vec<Vec<u8>> = crate::fuzz::seeds::seeds("ltx")
+        .into_iter()
+        .take(4)
+        .collect();
     match target {
         "log_segment" => {
             let dir = scratch();
@@ -553,10 +668,19 @@ pub(crate) fn seeds(target: &str) -> Vec<Vec<u8>> {
             let dir = scratch();
             let mut sums = sums::PageSums::default();
             (1..=20).for_each(|pgno| sums.set(pgno, page_checksum(pgno, b"x")));
-            let pos = Pos { txid: 9, checksum: sums.checksum() };
+            let pos = Pos {
+                txid: 9,
+                checksum: sums.checksum(),
+            };
             for sequence in [1, 2] {
-                let header = SumsHeader { sequence, pos, page_size: 4096, pages: 20 };
-                sums::save(&dir.path().join("s"), &sums.take_changes(), &header).expect("it is written");
+                let header = SumsHeader {
+                    sequence,
+                    pos,
+                    page_size: 4096,
+                    pages: 20,
+                };
+                sums::save(&dir.path().join("s"), &sums.take_changes(), &header)
+                    .expect("it is written");
             }
             vec![fs::read(dir.path().join("s")).expect("it is there")]
         }

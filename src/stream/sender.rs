@@ -198,6 +198,7 @@ impl Sender<'_> {
         mut stopped: watch::Receiver<bool>,
         orders: &mut mpsc::Receiver<Order>,
     ) -> Result<(), SendError> {
+        self.note_unknown();
         let mut dirty: BTreeSet<String> = self.positions.keys().cloned().collect();
         dirty.extend(self.store.databases().iter().map(|db| db.name().to_owned()));
         self.round(dirty).await?;
@@ -332,15 +333,24 @@ impl Sender<'_> {
         }
     }
 
+    /// Says which databases only the replica has: in one line, however many it names.
+    fn note_unknown(&self) {
+        let here = |name: &&String| self.store.database(name).is_none();
+        let unknown: Vec<&String> = self.positions.keys().filter(here).collect();
+        if let Some(db) = unknown.first() {
+            warn!(
+                ?db,
+                databases = unknown.len(),
+                "a replica has databases that this node, the primary, does not have; one is named"
+            );
+        }
+    }
+
     /// Tells the replica, once, that it has a database that this node has not. It keeps it.
     async fn send_drop(&mut self, name: &str) -> Result<(), SendError> {
         if self.positions.remove(name).is_none() {
             return Ok(());
         }
-        warn!(
-            db = name,
-            "a replica has a database that this node, the primary, does not have"
-        );
         self.send_frame(&Frame::DropDb {
             name: name.to_owned(),
         })
