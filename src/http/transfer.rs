@@ -4,7 +4,7 @@
 //! takes no piece for [`STALL`] is cut off, and so is an export that takes longer than
 //! `http.snapshot-timeout`. An import is spooled to a file without a name, and no lock is taken
 //! before its last byte is there. A body that stalls, or comes too slowly ([`Pace`]), is refused; one
-//! that is longer than its database says it is, or leaves too little of the disk ([`reserve`]), is
+//! that is longer than its database says it is, or leaves too little of the disk ([`Room::usable`](crate::store::Room::usable)), is
 //! refused as soon as that shows.
 
 use std::io::{self, Write};
@@ -34,8 +34,6 @@ use super::guests::{Connection, Place};
 const STALL: Duration = Duration::from_secs(10);
 /// How many bytes of an import are spooled between two looks at the free space.
 const LOOK_EVERY: u64 = 8 << 20;
-/// What an import leaves free: the writers' share.
-const RESERVE: u64 = 256 << 20;
 /// Bytes of one piece of a body.
 const PIECE: usize = 256 << 10;
 /// Pieces that wait for the connection.
@@ -246,24 +244,17 @@ fn content_length(headers: &HeaderMap) -> Option<u64> {
     value.to_str().ok()?.parse().ok()
 }
 
-/// What stays free of a file system of this size: so much that what arrives does not take it from
-/// those who write here.
-fn reserve(total: u64) -> u64 {
-    RESERVE.min(total / 16)
-}
-
 /// Refuses what does not fit, with so many bytes still to come.
 fn check_space(api: &Api, coming: u64) -> Result<(), Refusal> {
-    let Ok(disk) = api.store.statvfs() else {
-        return Ok(());
-    };
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-    let usable = free.saturating_sub(reserve(disk.f_blocks.saturating_mul(disk.f_frsize)));
-    if coming > usable {
-        let text = format!("{coming} bytes do not fit: the data directory has {free} bytes left");
-        return Err((StatusCode::INSUFFICIENT_STORAGE, text));
+    match api.store.room() {
+        Some(room) if coming > room.usable() => {
+            let free = room.free;
+            let text =
+                format!("{coming} bytes do not fit: the data directory has {free} bytes left");
+            Err((StatusCode::INSUFFICIENT_STORAGE, text))
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Writes the whole body to the file.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use crc_fast::CrcAlgorithm::{Crc32IsoHdlc, Crc64GoIso};
 use tempfile::TempDir;
 
+use super::disk::Real;
 use super::log::Log;
 use super::segment::{RECORD_HEADER_SIZE, SEGMENT_HEADER_SIZE};
 use super::sums::{self, SumsHeader};
@@ -35,14 +36,20 @@ fn scratch() -> TempDir {
     made.expect("a directory")
 }
 
-fn open(dir: &Path) -> Arc<Store> {
-    let options = Options {
-        data_dir: dir.to_owned(),
+fn options(dir: &Path) -> Options {
+    Options {
         compress: false,
-        retention: Duration::from_secs(3600),
         strict_verify: true,
-    };
-    Store::open(options).expect("a store opens whatever is in it")
+        ..Options::new(dir)
+    }
+}
+
+fn open_log(dir: &Path) -> Result<Log, StoreError> {
+    Log::open(&options(dir), dir, Duration::MAX, 0)
+}
+
+fn open(dir: &Path) -> Arc<Store> {
+    Store::open(options(dir)).expect("a store opens whatever is in it")
 }
 
 /// A page whose bytes are `fill`; page 1 is that of a database in WAL mode with `pages` pages.
@@ -422,7 +429,7 @@ pub fn log_segment(data: &[u8]) {
         .map_or(1, |b| u64::from_be_bytes(b.try_into().expect("8 bytes")));
     fs::write(dir.path().join(segment::file_name(first)), &bytes).expect("it is written");
     let limit = 4 * bytes.len() + (2 << 20);
-    let Ok(log) = bounded("a log", limit, || Log::open(dir.path(), Duration::MAX, 0)) else {
+    let Ok(log) = bounded("a log", limit, || open_log(dir.path())) else {
         return;
     };
     let records = records(&log);
@@ -436,13 +443,16 @@ pub fn log_segment(data: &[u8]) {
             .all(|w| w[1].0.min_txid == w[0].0.max_txid + 1 && w[1].0.max_txid == w[1].0.min_txid)
     );
     drop(log);
-    let again = Log::open(dir.path(), Duration::MAX, 0).expect("it opened before");
+    let again = open_log(dir.path()).expect("it opened before");
     assert!(self::records(&again) == records);
 }
 
 /// Its records, by what a reader asks for.
 fn records(log: &Log) -> Vec<(segment::RecordHeader, Vec<u8>)> {
     let (mut records, mut next) = (Vec::new(), log.first_txid());
+    if log.last_txid() == 0 {
+        return records;
+    }
     while let Some(mut record) = log.read(next).expect("it was checked") {
         let mut body = Vec::new();
         record.body.read_to_end(&mut body).expect("it was checked");
@@ -491,7 +501,7 @@ fn damaged_segment(input: &mut Input) {
         OnceLock::new();
     let (name, good, whole) = GOOD.get_or_init(|| {
         let dir = scratch();
-        let log = Log::open(dir.path(), Duration::MAX, 0).expect("a log");
+        let log = open_log(dir.path()).expect("a log");
         for txid in 1..=6u64 {
             let mut record = log.begin(txid, txid).expect("a record");
             let body: Vec<u8> = (0..150 * txid).map(|i| (i * txid) as u8).collect();
@@ -531,12 +541,12 @@ fn damaged_segment(input: &mut Input) {
         }
         3 => bytes[a.min(b)..a.max(b)].fill(0),
         // A block that was written in another's place.
-        4 => bytes.copy_within(a.min(b)..a.max(b), a / 2),
+        4 => bytes.copy_within(a.min(b)..a.max(b), a.min(b) / 2),
         _ => bytes.extend_from_slice(&good[a..]),
     }
     let dir = scratch();
     fs::write(dir.path().join(name), &bytes).expect("it is written");
-    let Ok(log) = Log::open(dir.path(), Duration::MAX, 0) else {
+    let Ok(log) = open_log(dir.path()) else {
         return;
     };
     let left = records(&log);
@@ -563,7 +573,7 @@ pub fn sums(data: &[u8]) {
     for bytes in [data, &sealed] {
         fs::write(&path, bytes).expect("it is written");
         let loaded = bounded("page checksums", 8 * bytes.len() + (64 << 10), || {
-            sums::load(&path)
+            sums::load(&Real, &path)
         });
         let Ok(Some((header, mut sums))) = loaded else {
             continue;
@@ -576,8 +586,8 @@ pub fn sums(data: &[u8]) {
         let next = SumsHeader { sequence, ..header };
         sums.mark_all_dirty();
         let copy = dir.path().join("copy");
-        sums::save(&copy, &sums.take_changes(), &next).expect("it is written");
-        let (found, again) = sums::load(&copy)
+        sums::save(&Real, &copy, &sums.take_changes(), &next).expect("it is written");
+        let (found, again) = sums::load(&Real, &copy)
             .expect("it is whole")
             .expect("it is there");
         assert_eq!(
@@ -652,7 +662,7 @@ pub(crate) fn seeds(target: &str) -> Vec<Vec<u8>> {
     match target {
         "log_segment" => {
             let dir = scratch();
-            let log = Log::open(dir.path(), Duration::MAX, 0).expect("a log");
+            let log = open_log(dir.path()).expect("a log");
             for (txid, body) in (1..).zip(&ltx) {
                 let mut record = log.begin(txid, txid).expect("a record");
                 std::io::Write::write_all(&mut record, body).expect("it is written");
@@ -679,7 +689,7 @@ pub(crate) fn seeds(target: &str) -> Vec<Vec<u8>> {
                     page_size: 4096,
                     pages: 20,
                 };
-                sums::save(&dir.path().join("s"), &sums.take_changes(), &header)
+                sums::save(&Real, &dir.path().join("s"), &sums.take_changes(), &header)
                     .expect("it is written");
             }
             vec![fs::read(dir.path().join("s")).expect("it is there")]

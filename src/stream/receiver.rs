@@ -462,6 +462,7 @@ impl Applier {
             ended: false,
             waited: Duration::ZERO,
             came: 0,
+            late: false,
         };
         loop {
             input.begin();
@@ -515,6 +516,7 @@ impl Applier {
                 }
                 Ok(())
             }
+            Err(_) if input.late => Err(FrameError::Io(input.lateness()).into()),
             // The stream broke off inside the file: nothing is wrong with what was sent.
             Err(_) if input.ended => {
                 Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into())
@@ -594,12 +596,22 @@ struct ChannelReader {
     waited: Duration,
     /// How many bytes came meanwhile.
     came: u64,
+    /// It was waited for too long.
+    late: bool,
 }
 
 impl ChannelReader {
     /// A frame begins.
     fn begin(&mut self) {
         (self.waited, self.came) = (Duration::ZERO, 0);
+    }
+
+    fn lateness(&self) -> io::Error {
+        let text = format!(
+            "only {} bytes of a frame came in {:?}",
+            self.came, self.waited
+        );
+        io::Error::new(io::ErrorKind::TimedOut, text)
     }
 
     /// The next bytes; `None` at the end.
@@ -610,8 +622,8 @@ impl ChannelReader {
         self.came += bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
         let patience = FRAME_PATIENCE + Duration::from_secs(self.came / BYTES_A_SECOND);
         if self.waited > patience {
-            let text = format!("{} bytes came in {:?}", self.came, self.waited);
-            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            self.late = true;
+            return Err(self.lateness());
         }
         Ok(bytes)
     }

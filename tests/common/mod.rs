@@ -12,6 +12,7 @@
 // Each test program uses a part of this module.
 #![allow(dead_code)]
 
+pub mod h2;
 pub mod helper;
 pub mod image;
 pub mod net;
