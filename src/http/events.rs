@@ -141,15 +141,18 @@ pub(super) async fn run(
 ) -> End {
     let mut waiting: VecDeque<Bytes> = VecDeque::new();
     tokio::pin!(stop);
+    // When the reader last took something, or something began to wait for it.
     let mut taken = Instant::now();
     loop {
-        if waiting.is_empty() {
-            taken = Instant::now();
-        }
         tokio::select! {
             event = events.recv() => match event {
                 Ok(_) if waiting.len() == MAX_BEHIND => return End::Behind,
-                Ok(event) => waiting.push_back(event_line(&event)),
+                Ok(event) => {
+                    if waiting.is_empty() {
+                        taken = Instant::now();
+                    }
+                    waiting.push_back(event_line(&event));
+                }
                 Err(broadcast::error::RecvError::Lagged(_)) => return End::Behind,
                 Err(broadcast::error::RecvError::Closed) => return End::Stopped,
             },

@@ -20,16 +20,6 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-/// Replicas at a time, and of one guest.
-const STREAMS: (usize, usize) = (128, 32);
-/// Readers of `/events` at a time, and of one guest.
-const EVENT_READERS: (usize, usize) = (256, 64);
-/// Exports and imports at a time, and of one guest. Each may hold a thread.
-const TRANSFERS: (usize, usize) = (32, 16);
-/// Requests at a time, and of one guest, that hold a thread or a body of some size for a moment: halt
-/// locks, their transactions, metrics, common positions.
-const JOBS: (usize, usize) = (96, 48);
-
 /// An address, as guests are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Guest(u64);
@@ -246,16 +236,27 @@ pub(super) struct Quotas {
     pub streams: Quota,
     pub events: Quota,
     pub transfers: Quota,
+    /// Halt locks, their transactions, metrics, common positions, changes of the primary.
     pub jobs: Quota,
 }
 
-impl Default for Quotas {
-    fn default() -> Self {
+impl Quotas {
+    /// Those that go with so many connections: with 1024 of them there may be 128 replicas (32 of one
+    /// guest), 256 readers of `/events` (64), 32 exports and imports (16), and 128 requests that hold
+    /// a thread or a body of some size for a moment (64).
+    pub fn new(limits: Limits) -> Quotas {
+        let of = |part: usize| (limits.connections / part).max(4);
+        let quota = |what, total: usize, share: usize| Quota {
+            what,
+            total,
+            share: total / share,
+            held: Arc::default(),
+        };
         Quotas {
-            streams: Quota::new("replicas", STREAMS),
-            events: Quota::new("readers of /events", EVENT_READERS),
-            transfers: Quota::new("exports and imports", TRANSFERS),
-            jobs: Quota::new("requests of this kind", JOBS),
+            streams: quota("replicas", of(8), 4),
+            events: quota("readers of /events", of(4), 4),
+            transfers: quota("exports and imports", of(16).min(32), 2),
+            jobs: quota("requests of this kind", of(8), 2),
         }
     }
 }
@@ -290,15 +291,6 @@ impl Drop for Place {
 }
 
 impl Quota {
-    fn new(what: &'static str, (total, share): (usize, usize)) -> Quota {
-        Quota {
-            what,
-            total,
-            share,
-            held: Arc::default(),
-        }
-    }
-
     fn take(&self, guest: Guest) -> Result<(), (StatusCode, String)> {
         let mut held = self.held.lock();
         let all: usize = held.values().sum();
@@ -336,7 +328,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn the_idlest_connection_of_the_greediest_guest_makes_room() {
         let guests = guests(4, 3);
-        let quotas = Arc::default();
+        let quotas = Arc::new(Quotas::new(guests.limits));
         let mut greedy = Vec::new();
         for _ in 0..3 {
             greedy.push(guests.admit(addr(1)).unwrap());
@@ -359,7 +351,7 @@ mod tests {
     #[tokio::test]
     async fn what_carries_a_request_is_never_ended_for_another() {
         let guests = guests(2, 2);
-        let quotas = Arc::default();
+        let quotas = Arc::new(Quotas::new(guests.limits));
         let all = [
             guests.admit(addr(1)).unwrap(),
             guests.admit(addr(1)).unwrap(),
@@ -374,15 +366,18 @@ mod tests {
     #[tokio::test]
     async fn quotas_have_a_share_for_each_guest() {
         let guests = guests(1000, 1000);
-        let quotas: Arc<Quotas> = Arc::default();
+        let quotas = Arc::new(Quotas::new(Limits {
+            connections: 1024,
+            share: 256,
+        }));
         let connection = |n| guests.admit(addr(n)).unwrap().connection(&quotas);
         let (greedy, other) = (connection(1), connection(2));
         let held: Vec<Place> = std::iter::from_fn(|| greedy.place(|q| &q.transfers).ok()).collect();
-        assert_eq!(held.len(), TRANSFERS.1);
+        assert_eq!(held.len(), 16);
         let (status, text) = greedy.place(|q| &q.transfers).unwrap_err();
         assert!(status == StatusCode::SERVICE_UNAVAILABLE && text.contains("from one address"));
         let more: Vec<Place> = std::iter::from_fn(|| other.place(|q| &q.transfers).ok()).collect();
-        assert_eq!(held.len() + more.len(), TRANSFERS.0);
+        assert_eq!(held.len() + more.len(), 32);
         assert!(connection(3).place(|q| &q.transfers).is_err());
         assert!(greedy.place(|q| &q.streams).is_ok());
         drop((held, more));

@@ -28,14 +28,17 @@ pub(super) fn routes(
     let promote = warp::path!("promote")
         .and(warp::post())
         .and(api.clone())
+        .and(warp::ext::get::<Arc<Connection>>())
         .then(promote);
     let demote = warp::path!("demote")
         .and(warp::post())
         .and(api.clone())
+        .and(warp::ext::get::<Arc<Connection>>())
         .then(demote);
     let handoff = warp::path!("handoff")
         .and(warp::post())
         .and(api.clone())
+        .and(warp::ext::get::<Arc<Connection>>())
         .and(warp::query::<Handoff>())
         .then(hand_over);
     let common = warp::path!("common")
@@ -49,7 +52,11 @@ pub(super) fn routes(
     orders.or(common).unify()
 }
 
-async fn promote(api: Arc<Api>) -> Response {
+async fn promote(api: Arc<Api>, connection: Arc<Connection>) -> Response {
+    let _place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     match api.promoter.promote().await {
         Ok(()) => StatusCode::OK.into_response(),
         Err(e @ PromoteError::NotCandidate) => refuse(StatusCode::CONFLICT, &e.to_string()),
@@ -63,15 +70,23 @@ struct Handoff {
     node_id: Option<String>,
 }
 
-async fn hand_over(api: Arc<Api>, query: Handoff) -> Response {
+async fn hand_over(api: Arc<Api>, connection: Arc<Connection>, query: Handoff) -> Response {
     let Some(node_id) = query.node_id.as_deref().and_then(parse_node_id) else {
         let text = "nodeID must be the 16 hex digits of a connected replica";
         return refuse(StatusCode::BAD_REQUEST, text);
     };
+    let _place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     obeyed(api.commands.hand_over(node_id).await)
 }
 
-async fn demote(api: Arc<Api>) -> Response {
+async fn demote(api: Arc<Api>, connection: Arc<Connection>) -> Response {
+    let _place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     obeyed(api.commands.demote().await)
 }
 

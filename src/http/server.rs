@@ -165,7 +165,8 @@ impl Server {
     /// open ones have, [`STOP_TIMEOUT`] later at the latest.
     pub async fn serve(self, api: Arc<Api>) {
         let mut shutdown = api.shutdown.clone();
-        let (guests, quotas) = (Guests::new(Limits::of_process()), Arc::default());
+        let limits = Limits::of_process();
+        let (guests, quotas) = (Guests::new(limits), Arc::new(Quotas::new(limits)));
         let mut connections = JoinSet::new();
         loop {
             let accepted = tokio::select! {
