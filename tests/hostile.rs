@@ -217,7 +217,7 @@ fn bodies_without_end_are_refused() {
         "/tx?name=a.db&lockID=7",
         "/info",
         "/promote",
-        "/halt?name=a.db&id=1",
+        "/halt?name=a.db&id=0",
     ] {
         let head = format!(
             "POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nLitefs-Id: 0000000000000001\r\nTransfer-Encoding: chunked\r\n\r\n"
