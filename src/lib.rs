@@ -6,6 +6,8 @@ pub mod backup;
 pub mod cli;
 pub mod config;
 pub mod fuse;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod http;
 pub mod ltx;
 pub mod node;

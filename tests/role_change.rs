@@ -78,6 +78,7 @@ impl<'a> Live<'a> {
             let bytes = match theirs.record_after(pos).unwrap() {
                 Next::UpToDate => return,
                 Next::Record(r) => r.bytes.to_vec(),
+                Next::Large(r) => r.load().unwrap().bytes.to_vec(),
                 Next::Snapshot => {
                     let mut bytes = Vec::new();
                     theirs.snapshot().unwrap().write_to(&mut bytes).unwrap();

@@ -24,6 +24,8 @@ use super::{BackupClient, BackupError, Batch};
 const BATCH_TIME: Duration = Duration::from_secs(1);
 /// How many bytes of records are gathered for one file; a larger one goes alone.
 const BATCH_BYTES: usize = 64 << 20;
+/// The largest transaction that is held in memory, in bytes.
+const MAX_RECORD: u64 = 256 << 20;
 /// How many records are merged at once.
 const BATCH_RECORDS: usize = 256;
 /// Wait after the first failure; doubled with each further one.
@@ -454,8 +456,11 @@ impl Session {
         let (mut bytes, mut at) = (0, backup);
         let mut positions = Vec::new();
         while bytes < BATCH_BYTES && records.len() < BATCH_RECORDS {
-            let Next::Record(record) = db.record_after(at)? else {
-                break;
+            let record = match db.record_after(at)? {
+                Next::Record(record) => record,
+                // A larger one goes as a snapshot, which is not held in memory.
+                Next::Large(large) if large.size() <= MAX_RECORD => large.load()?,
+                _ => break,
             };
             at = Pos {
                 txid: record.max_txid,

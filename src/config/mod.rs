@@ -144,7 +144,7 @@ impl Config {
     }
 }
 
-fn parse_with(
+pub(crate) fn parse_with(
     text: &str,
     file: &str,
     environment: Option<expand::Lookup>,

@@ -4,6 +4,8 @@ use std::path::{Component, Path, PathBuf};
 use std::time::Duration;
 use std::{fs, io};
 
+use crate::store::check_database;
+
 use super::ConfigError;
 use super::model::{
     Config, ConsulConfig, EtcdConfig, LeaseKind, ProxyConfig, ProxyForward, TlsConfig,
@@ -180,8 +182,8 @@ fn lease(c: &mut Config, port: u16, source: &Source) -> Result<()> {
                        lease.candidate to false, or remove this key";
         return Err(source.invalid("lease.databases", problem));
     }
-    if lease.databases.iter().any(String::is_empty) {
-        return Err(source.invalid("lease.databases", "a name is empty"));
+    for name in &lease.databases {
+        check_database(name).map_err(|e| source.invalid("lease.databases", e.to_string()))?;
     }
     if let Some(c) = &lease.consul {
         consul(c, source)?;

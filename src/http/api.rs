@@ -32,7 +32,8 @@ use crate::stream::sender::{self, Limits, Replica, SendError};
 use crate::stream::stats::Stats;
 use crate::stream::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
 
-use super::server::{Connection, Version};
+use super::guests::{Connection, Place};
+use super::server::Version;
 use super::{body, events, halt, metrics, role, transfer};
 
 /// How long a peer may take to send a request's body.
@@ -120,6 +121,7 @@ pub(super) fn routes(
     let numbers = warp::path!("metrics")
         .and(warp::get())
         .and(with(&api))
+        .and(warp::ext::get::<Arc<Connection>>())
         .then(numbers);
     let events = warp::path!("events")
         .and(warp::get())
@@ -145,6 +147,7 @@ pub(super) fn routes(
     let import = warp::path!("import")
         .and(warp::post())
         .and(with(&api))
+        .and(warp::ext::get::<Arc<Connection>>())
         .and(warp::header::headers_cloned())
         .and(warp::query::<transfer::DatabaseQuery>())
         .and(warp::body::stream())
@@ -269,8 +272,17 @@ fn pretty(value: &impl Serialize) -> Response {
     }
 }
 
-async fn numbers(api: Arc<Api>) -> Response {
-    let gathered = tokio::task::spawn_blocking(move || metrics::gather(&api)).await;
+async fn numbers(api: Arc<Api>, connection: Arc<Connection>) -> Response {
+    // The job goes on when its request is given up, and so does its place.
+    let place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
+    let gathered = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        metrics::gather(&api)
+    })
+    .await;
     match gathered {
         Ok(Ok(text)) => warp::reply::with_header(text, header::CONTENT_TYPE, metrics::CONTENT_TYPE)
             .into_response(),
@@ -283,18 +295,30 @@ async fn numbers(api: Arc<Api>) -> Response {
 }
 
 fn follow_events(api: Arc<Api>, connection: Arc<Connection>) -> Response {
+    let place = match connection.place(|q| &q.events) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     let (body, stream) = body::channel(16);
     // Subscribed first: what happens after the first line was made is not lost.
     let events = api.store.events();
     let _ = body.channel.try_send(events::init_line(&api.store.role()));
     let stopped = api.stopped();
     tokio::spawn(async move {
+        let _place = place;
         let _counted = api.stats.event_reader();
         match events::run(events, &body.channel, stopped).await {
             events::End::Behind => {
                 info!(
                     "a reader of /events fell {} behind and was disconnected",
                     events::MAX_BEHIND
+                );
+                connection.abort();
+            }
+            events::End::Stalled => {
+                info!(
+                    "a reader of /events took nothing for {} s and was disconnected",
+                    events::STALL.as_secs()
                 );
                 connection.abort();
             }
@@ -323,8 +347,12 @@ async fn post_stream<B: Buf>(
     query: StreamQuery,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Response {
+    let place = match connection.place(|q| &q.streams) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     match replica(&api, version.0, &headers, &query, body).await {
-        Ok(replica) => stream(api, connection, replica),
+        Ok(replica) => stream(api, connection, place, replica),
         Err((status, text)) => refuse(status, &text),
     }
 }
@@ -419,10 +447,11 @@ pub(super) async fn collect<B: Buf>(
 }
 
 /// Starts to send to a replica.
-fn stream(api: Arc<Api>, connection: Arc<Connection>, replica: Replica) -> Response {
+fn stream(api: Arc<Api>, connection: Arc<Connection>, place: Place, replica: Replica) -> Response {
     let (body, stream) = body::channel(sender::CHANNEL_CAPACITY);
     let epoch = api.epoch();
     tokio::spawn(async move {
+        let _place = place;
         let id = replica.id.clone();
         info!(
             replica = id,

@@ -8,10 +8,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Poll;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::Stream;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout};
 
 /// The writing end of a body.
 pub(super) struct BodySender {
@@ -57,4 +59,69 @@ pub(super) fn channel(
         },
         stream,
     )
+}
+
+/// How long a body may keep its reader waiting, on the whole, before its bytes count for nothing.
+pub(super) const PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes that buy a second more, up to [`PATIENCE`] again: the least rate of a body.
+const BYTES_A_SECOND: f64 = 4096.0;
+
+/// Time that a body may still take. Only waiting for it counts, not what is done with it: a body that
+/// comes byte by byte ends no later than one of which nothing comes.
+pub(super) struct Pace(Duration);
+
+impl Pace {
+    pub fn new() -> Pace {
+        Pace(PATIENCE)
+    }
+
+    /// What `piece` gives; `None` once the body took too long.
+    pub async fn wait<T>(&mut self, piece: impl Future<Output = T>) -> Option<T> {
+        let begun = Instant::now();
+        let piece = timeout(self.0, piece).await.ok();
+        self.0 = self.0.saturating_sub(begun.elapsed());
+        piece
+    }
+
+    /// So many bytes came.
+    pub fn came(&mut self, bytes: usize) {
+        let bought = Duration::from_secs_f64(bytes as f64 / BYTES_A_SECOND);
+        self.0 = (self.0 + bought).min(PATIENCE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::sleep;
+
+    use super::*;
+
+    /// How long pieces of this size are taken that come each second.
+    async fn taken(size: usize) -> Duration {
+        let (begun, mut pace) = (Instant::now(), Pace::new());
+        for _ in 0..100 {
+            if pace.wait(sleep(Duration::from_secs(1))).await.is_none() {
+                break;
+            }
+            pace.came(size);
+        }
+        begun.elapsed()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_has_a_least_rate() {
+        assert!(taken(1).await < Duration::from_secs(11));
+        assert!(taken(2048).await < Duration::from_secs(21));
+        assert!(taken(4096).await >= Duration::from_secs(100));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn only_waiting_counts() {
+        let mut pace = Pace::new();
+        for _ in 0..10 {
+            pace.wait(std::future::ready(())).await.unwrap();
+            sleep(PATIENCE).await;
+        }
+        assert!(pace.wait(std::future::pending::<()>()).await.is_none());
+    }
 }

@@ -5,10 +5,12 @@
 //! that stalls costs a bounded amount of memory and learns that it has missed something.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use bytes::Bytes;
 use serde::Serialize;
 use tokio::sync::broadcast;
+use tokio::time::{Instant, sleep_until};
 
 use crate::store::{Event, Role};
 
@@ -16,6 +18,9 @@ use super::timestamp::rfc3339;
 
 /// How many events a reader may fall behind.
 pub const MAX_BEHIND: usize = 1024;
+
+/// How long a reader may take nothing of what there is for it.
+pub const STALL: Duration = Duration::from_secs(30);
 
 #[derive(Serialize)]
 #[serde(tag = "type", rename_all = "camelCase")]
@@ -145,6 +150,8 @@ pub(super) enum End {
     Gone,
     /// The reader fell too far behind.
     Behind,
+    /// The reader takes nothing.
+    Stalled,
 }
 
 /// Sends events to one reader until it goes away or falls behind, or `stop` resolves.
@@ -155,18 +162,29 @@ pub(super) async fn run(
 ) -> End {
     let mut waiting: VecDeque<Bytes> = VecDeque::new();
     tokio::pin!(stop);
+    // When the reader last took something, or something began to wait for it.
+    let mut taken = Instant::now();
     loop {
         tokio::select! {
             event = events.recv() => match event {
                 Ok(_) if waiting.len() == MAX_BEHIND => return End::Behind,
-                Ok(event) => waiting.push_back(event_line(&event)),
+                Ok(event) => {
+                    if waiting.is_empty() {
+                        taken = Instant::now();
+                    }
+                    waiting.push_back(event_line(&event));
+                }
                 Err(broadcast::error::RecvError::Lagged(_)) => return End::Behind,
                 Err(broadcast::error::RecvError::Closed) => return End::Stopped,
             },
             room = out.reserve(), if !waiting.is_empty() => match room {
-                Ok(room) => room.send(waiting.pop_front().unwrap_or_default()),
+                Ok(room) => {
+                    taken = Instant::now();
+                    room.send(waiting.pop_front().unwrap_or_default());
+                }
                 Err(_) => return End::Gone,
             },
+            () = sleep_until(taken + STALL), if !waiting.is_empty() => return End::Stalled,
             () = out.closed() => return End::Gone,
             () = &mut stop => return End::Stopped,
         }
@@ -242,8 +260,32 @@ mod tests {
         assert_eq!(event_line(&event), want);
     }
 
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_takes_nothing_is_disconnected() {
+        let (events, _) = broadcast::channel(16);
+        let (out, mut taken) = tokio::sync::mpsc::channel(1);
+        let event = Event::PrimaryChange {
+            is_primary: true,
+            hostname: None,
+        };
+        let subscribed = events.subscribe();
+        let begun = Instant::now();
+        let reader =
+            tokio::spawn(async move { run(subscribed, &out, std::future::pending()).await });
+        // Nothing to take is no reason.
+        tokio::time::sleep(2 * STALL).await;
+        events.send(event.clone()).unwrap();
+        events.send(event.clone()).unwrap();
+        assert_eq!(taken.recv().await.unwrap(), event_line(&event));
+        tokio::time::sleep(STALL / 2).await;
+        // The second one is in the channel, the third waits.
+        events.send(event).unwrap();
+        assert_eq!(reader.await.unwrap(), End::Stalled);
+        assert_eq!(begun.elapsed(), 3 * STALL + STALL / 2);
+    }
+
     #[tokio::test]
-    async fn a_reader_that_stalls_is_disconnected() {
+    async fn a_reader_that_falls_behind_is_disconnected() {
         let (events, _) = broadcast::channel(2048);
         let (out, mut taken) = tokio::sync::mpsc::channel(1);
         let subscribed = events.subscribe();

@@ -15,7 +15,7 @@ use futures_util::{Stream, StreamExt};
 use http::{HeaderMap, StatusCode};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{sleep_until, timeout};
+use tokio::time::sleep_until;
 use warp::reply::Response;
 use warp::{Filter, Rejection, Reply};
 
@@ -23,7 +23,9 @@ use crate::ltx::Pos;
 use crate::store::{Database, HALT_WAIT, StoreError, check_database};
 use crate::stream::{EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
 
-use super::api::{Api, BODY_TIMEOUT, refuse};
+use super::api::{Api, refuse};
+use super::body::Pace;
+use super::guests::{Connection, Place};
 use super::timestamp;
 
 /// Pieces of a body that wait for the store.
@@ -36,6 +38,7 @@ pub(super) fn routes(
     let take = warp::path!("halt")
         .and(warp::post())
         .and(api.clone())
+        .and(warp::ext::get::<Arc<Connection>>())
         .and(warp::header::headers_cloned())
         .and(warp::query::<Halt>())
         .then(take);
@@ -47,6 +50,7 @@ pub(super) fn routes(
     let tx = warp::path!("tx")
         .and(warp::post())
         .and(api)
+        .and(warp::ext::get::<Arc<Connection>>())
         .and(warp::header::headers_cloned())
         .and(warp::query::<Halt>())
         .and(warp::body::stream())
@@ -114,6 +118,12 @@ fn caller(api: &Api, headers: &HeaderMap) -> Result<u64, Refusal> {
     }
 }
 
+/// A place for a request that holds a thread.
+fn place(connection: &Connection) -> Result<Place, Refusal> {
+    let place = connection.place(|q| &q.jobs);
+    place.map_err(|(status, text)| Refusal(status, text))
+}
+
 /// The database, if this node is its primary.
 fn database(api: &Api, name: &str) -> Result<Arc<Database>, Refusal> {
     if !api.status.borrow().is_primary {
@@ -129,12 +139,17 @@ fn database(api: &Api, name: &str) -> Result<Arc<Database>, Refusal> {
     })
 }
 
-async fn take(api: Arc<Api>, headers: HeaderMap, query: Halt) -> Response {
+async fn take(
+    api: Arc<Api>,
+    connection: Arc<Connection>,
+    headers: HeaderMap,
+    query: Halt,
+) -> Response {
     let asked = caller(&api, &headers).and_then(|node| {
         let (name, id) = query.names()?;
-        Ok((node, database(&api, name)?, id))
+        Ok((node, database(&api, name)?, id, place(&connection)?))
     });
-    let (node, db, id) = match asked {
+    let (node, db, id, place) = match asked {
         Ok(asked) => asked,
         Err(refusal) => return refusal.answer(),
     };
@@ -150,6 +165,7 @@ async fn take(api: Arc<Api>, headers: HeaderMap, query: Halt) -> Response {
     let granting = db.clone();
     let runtime = tokio::runtime::Handle::current();
     tokio::task::spawn_blocking(move || {
+        let _place = place;
         let granted = granting.grant_halt(id, node, ttl, HALT_WAIT);
         let given = granted.is_ok();
         if given {
@@ -224,6 +240,7 @@ fn status(e: &StoreError) -> StatusCode {
 
 async fn commit<B: Buf>(
     api: Arc<Api>,
+    connection: Arc<Connection>,
     headers: HeaderMap,
     query: Halt,
     body: impl Stream<Item = Result<B, warp::Error>>,
@@ -231,15 +248,16 @@ async fn commit<B: Buf>(
     let asked = caller(&api, &headers).and_then(|node| {
         let (name, id) = query.names()?;
         database(&api, name)?;
-        Ok((node, name.to_owned(), id))
+        Ok((node, name.to_owned(), id, place(&connection)?))
     });
-    let (node, name, id) = match asked {
+    let (node, name, id, place) = match asked {
         Ok(asked) => asked,
         Err(refusal) => return refusal.answer(),
     };
     let (feed, pieces) = mpsc::channel(CHANNEL_CAPACITY);
     let store = api.store.clone();
     let applying = tokio::task::spawn_blocking(move || {
+        let _place = place;
         let mut reader = BodyReader {
             pieces,
             current: Bytes::new(),
@@ -254,11 +272,13 @@ async fn commit<B: Buf>(
     }
 }
 
-/// Feeds the body to the store, until it ends, breaks off, stalls, or is not wanted any more.
+/// Feeds the body to the store, until it ends, breaks off, comes too slowly, or is not wanted any more.
 async fn pump<B: Buf>(body: impl Stream<Item = Result<B, warp::Error>>, feed: mpsc::Sender<Bytes>) {
     let mut body = std::pin::pin!(body);
-    while let Ok(Some(Ok(mut piece))) = timeout(BODY_TIMEOUT, body.next()).await {
+    let mut pace = Pace::new();
+    while let Some(Some(Ok(mut piece))) = pace.wait(body.next()).await {
         let piece = piece.copy_to_bytes(piece.remaining());
+        pace.came(piece.len());
         if feed.send(piece).await.is_err() {
             return;
         }

@@ -19,6 +19,7 @@ use crate::stream::common::{self, MAX_LEN};
 use crate::stream::parse_node_id;
 
 use super::api::{Api, BODY_TIMEOUT, collect, refuse};
+use super::guests::Connection;
 
 /// The paths of this module.
 pub(super) fn routes(
@@ -27,19 +28,23 @@ pub(super) fn routes(
     let promote = warp::path!("promote")
         .and(warp::post())
         .and(api.clone())
+        .and(warp::ext::get::<Arc<Connection>>())
         .then(promote);
     let demote = warp::path!("demote")
         .and(warp::post())
         .and(api.clone())
+        .and(warp::ext::get::<Arc<Connection>>())
         .then(demote);
     let handoff = warp::path!("handoff")
         .and(warp::post())
         .and(api.clone())
+        .and(warp::ext::get::<Arc<Connection>>())
         .and(warp::query::<Handoff>())
         .then(hand_over);
     let common = warp::path!("common")
         .and(warp::post())
         .and(api)
+        .and(warp::ext::get::<Arc<Connection>>())
         .and(warp::query::<Common>())
         .and(warp::body::stream())
         .then(find_common);
@@ -47,7 +52,11 @@ pub(super) fn routes(
     orders.or(common).unify()
 }
 
-async fn promote(api: Arc<Api>) -> Response {
+async fn promote(api: Arc<Api>, connection: Arc<Connection>) -> Response {
+    let _place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     match api.promoter.promote().await {
         Ok(()) => StatusCode::OK.into_response(),
         Err(e @ PromoteError::NotCandidate) => refuse(StatusCode::CONFLICT, &e.to_string()),
@@ -61,15 +70,23 @@ struct Handoff {
     node_id: Option<String>,
 }
 
-async fn hand_over(api: Arc<Api>, query: Handoff) -> Response {
+async fn hand_over(api: Arc<Api>, connection: Arc<Connection>, query: Handoff) -> Response {
     let Some(node_id) = query.node_id.as_deref().and_then(parse_node_id) else {
         let text = "nodeID must be the 16 hex digits of a connected replica";
         return refuse(StatusCode::BAD_REQUEST, text);
     };
+    let _place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     obeyed(api.commands.hand_over(node_id).await)
 }
 
-async fn demote(api: Arc<Api>) -> Response {
+async fn demote(api: Arc<Api>, connection: Arc<Connection>) -> Response {
+    let _place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     obeyed(api.commands.demote().await)
 }
 
@@ -92,6 +109,7 @@ struct Common {
 /// if it cannot tell.
 async fn find_common<B: Buf>(
     api: Arc<Api>,
+    connection: Arc<Connection>,
     query: Common,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Response {
@@ -105,6 +123,10 @@ async fn find_common<B: Buf>(
             "this node is not the primary",
         );
     }
+    let place = match connection.place(|q| &q.jobs) {
+        Ok(place) => place,
+        Err((status, text)) => return refuse(status, &text),
+    };
     let bytes = match timeout(BODY_TIMEOUT, collect(body, MAX_LEN)).await {
         Err(_) => return refuse(StatusCode::REQUEST_TIMEOUT, "the positions did not come"),
         Ok(Err(e)) => return bad(&e),
@@ -116,7 +138,11 @@ async fn find_common<B: Buf>(
     let Some(db) = api.store.database(&query.name) else {
         return refuse(StatusCode::NOT_FOUND, "there is no such database");
     };
-    match tokio::task::spawn_blocking(move || db.newest_common(&positions)).await {
+    let found = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        db.newest_common(&positions)
+    });
+    match found.await {
         Ok(store::Common::At(pos)) => common::encode(&[pos]).into_response(),
         Ok(store::Common::Nothing) => common::encode(&[]).into_response(),
         Ok(store::Common::Unknown) => refuse(StatusCode::NOT_FOUND, "the log says nothing of it"),

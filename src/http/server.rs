@@ -6,9 +6,13 @@
 //! request have to show first is [`super::door`]'s.
 //!
 //! A peer can hold a connection open only while something happens on it: the first request (and the
-//! TLS handshake before it) must come within [`HEADER_TIMEOUT`], a request's head within the same time, HTTP/2 connections answer pings.
-//! A handler that finds its peer not reading ends the connection by [`Connection::abort`]. There are
-//! at most [`MAX_CONNECTIONS`] connections; further ones wait to be accepted.
+//! TLS handshake before it) must come within [`HEADER_TIMEOUT`], a request's head within the same time,
+//! HTTP/2 connections answer pings and carry a request at least every [`IDLE_TIMEOUT`], and what is sent
+//! is taken: a peer that takes no byte for [`UNREAD_TIMEOUT`] is cut off by the kernel. A handler that
+//! finds its peer not reading ends the connection by [`Connection::abort`]. How many connections there
+//! may be is [`super::guests`]'s.
+//!
+//! [`Connection::abort`]: super::guests::Connection::abort
 
 use std::convert::Infallible;
 use std::io;
@@ -23,9 +27,9 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tower_service::Service;
@@ -37,6 +41,7 @@ use crate::stream::{CLUSTER_ID_HEADER, NODE_ID_HEADER, format_node_id};
 
 use super::api::{self, Api};
 use super::door::{Door, Entered};
+use super::guests::{Admission, Guests, Limits, Open, Quotas};
 
 /// How long a peer may take for a request's head.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -44,13 +49,34 @@ pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long open requests may take once the node stops.
 pub const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The most connections at a time.
-pub const MAX_CONNECTIONS: usize = 1024;
+/// How long a connection may carry no request; longer than this node's own clients keep one.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How long a peer may leave unread what is sent to it.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// How long a peer may be silent before the kernel asks whether it is there, and how often it asks
+/// then; it takes part in ending connections that have no other limit.
+const PROBE_AFTER: Duration = Duration::from_secs(60);
+const PROBE_EVERY: Duration = Duration::from_secs(10);
+
+/// Requests at a time on one HTTP/2 connection.
+const MAX_STREAMS: u32 = 32;
+
+/// Bytes that one HTTP/2 connection, and each stream of it, may send before somebody reads them.
+const CONNECTION_WINDOW: u32 = 512 << 10;
+const STREAM_WINDOW: u32 = 256 << 10;
+
+/// Bytes that wait to be sent on each stream of HTTP/2, besides those of its handler.
+const SEND_BUFFER: usize = 64 << 10;
+
+/// The most bytes of a request's head over HTTP/2.
+const MAX_HEADERS: u32 = 16 << 10;
 
 /// How often a quiet HTTP/2 connection is asked whether it still lives, and how long it may take.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 
-/// The most bytes of a request's head over HTTP/1; the default of HTTP/2 is 16 KiB.
+/// The most bytes of a request's head over HTTP/1.
 const MAX_HEAD: usize = 64 << 10;
 
 /// Why a server does not listen. Each names the key of the configuration that has the address.
@@ -103,6 +129,17 @@ pub async fn listen(key: &'static str, addr: &str) -> Result<TcpListener, Server
     })
 }
 
+/// Has the kernel find out when the peer of a silent connection is gone.
+pub fn keep_alive(socket: &TcpStream) {
+    let _ = socket.set_nodelay(true);
+    let probes = TcpKeepalive::new()
+        .with_time(PROBE_AFTER)
+        .with_interval(PROBE_EVERY);
+    if let Err(error) = SockRef::from(socket).set_tcp_keepalive(&probes) {
+        debug!(%error, "a connection goes without keep-alive");
+    }
+}
+
 /// A server that listens and does not answer yet.
 #[derive(Debug)]
 pub struct Server {
@@ -134,23 +171,28 @@ impl Server {
     /// open ones have, [`STOP_TIMEOUT`] later at the latest.
     pub async fn serve(self, api: Arc<Api>) {
         let mut shutdown = api.shutdown.clone();
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let limits = Limits::of_process();
         let mut connections = JoinSet::new();
-        let door = Arc::new(Door::new(api.keys.clone()));
+        let host = Arc::new(Host {
+            door: Door::new(api.keys.clone()),
+            guests: Guests::new(limits),
+            quotas: Arc::new(Quotas::new(limits)),
+            api,
+        });
         loop {
             let accepted = tokio::select! {
                 _ = shutdown.wait_for(|stop| *stop) => break,
                 Some(_) = connections.join_next() => continue,
-                accepted = accept(&self.listener, &permits) => accepted,
+                accepted = self.listener.accept() => accepted,
             };
             match accepted {
-                Ok((socket, peer, permit)) => {
-                    let (api, door) = (Arc::clone(&api), Arc::clone(&door));
-                    connections.spawn(async move {
-                        connection(socket, peer, api, door).await;
-                        drop(permit);
-                    });
-                }
+                Ok((socket, peer)) => match host.guests.admit(peer.ip()) {
+                    Some(admission) => {
+                        let peer = peer.ip().to_canonical();
+                        connections.spawn(connection(socket, peer, admission, Arc::clone(&host)));
+                    }
+                    None => debug!(%peer, "there is no room for a connection"),
+                },
                 // Out of descriptors, most likely: it passes.
                 Err(error) => {
                     warn!(%error, "cannot accept a connection");
@@ -169,47 +211,33 @@ impl Server {
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    permits: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, IpAddr, tokio::sync::OwnedSemaphorePermit)> {
-    let permit = Arc::clone(permits)
-        .acquire_owned()
-        .await
-        .map_err(io::Error::other)?;
-    let (socket, peer) = listener.accept().await?;
-    Ok((socket, peer.ip().to_canonical(), permit))
-}
-
-/// What a request knows of its connection, as an extension of the request.
-#[derive(Debug, Default)]
-pub(super) struct Connection {
-    requested: AtomicBool,
-    aborted: Notify,
-}
-
-impl Connection {
-    /// Ends the connection at once, with whatever is still to be sent.
-    pub(super) fn abort(&self) {
-        self.aborted.notify_one();
-    }
-}
-
 /// The HTTP version of a request, as an extension of it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Version(pub(super) http::Version);
 
+/// What connections share.
+struct Host {
+    api: Arc<Api>,
+    door: Door,
+    guests: Arc<Guests>,
+    quotas: Arc<Quotas>,
+}
+
 /// Lets one connection in and serves it to its end.
-async fn connection(socket: TcpStream, peer: IpAddr, api: Arc<Api>, door: Arc<Door>) {
-    let _ = socket.set_nodelay(true);
+async fn connection(socket: TcpStream, peer: IpAddr, admission: Admission, host: Arc<Host>) {
+    if let Err(error) = SockRef::from(&socket).set_tcp_user_timeout(Some(UNREAD_TIMEOUT)) {
+        debug!(%error, "a connection goes without a limit for unread bytes");
+    }
+    keep_alive(&socket);
     let due = Instant::now() + HEADER_TIMEOUT;
     let entered = tokio::select! {
-        entered = door.enter(socket, peer, due) => entered,
-        () = api.stopped() => return,
+        entered = host.door.enter(socket, peer, due) => entered,
+        () = admission.aborted() => return,
+        () = host.api.stopped() => return,
     };
     match entered {
-        Some(Entered::Plain(socket)) => serve_http(socket, peer, api, door, due).await,
-        Some(Entered::Tls(stream)) => serve_http(stream, peer, api, door, due).await,
+        Some(Entered::Plain(socket)) => serve_http(socket, peer, admission, host, due).await,
+        Some(Entered::Tls(stream)) => serve_http(stream, peer, admission, host, due).await,
         None => {}
     }
 }
@@ -218,20 +246,25 @@ async fn connection(socket: TcpStream, peer: IpAddr, api: Arc<Api>, door: Arc<Do
 async fn serve_http(
     socket: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
     peer: IpAddr,
-    api: Arc<Api>,
-    door: Arc<Door>,
+    admission: Admission,
+    host: Arc<Host>,
     due: Instant,
 ) {
-    let state = Arc::new(Connection::default());
+    let api = Arc::clone(&host.api);
+    let requested = Arc::new(AtomicBool::new(false));
     let mut shutdown = api.shutdown.clone();
     let filters = warp::service(api::routes(Arc::clone(&api)));
-    let requests = Arc::clone(&state);
+    let (requests, state) = (
+        Arc::clone(&requested),
+        Arc::new(admission.connection(&host.quotas)),
+    );
     let service = service_fn(move |mut request: Request<Incoming>| {
-        requests.requested.store(true, Ordering::Relaxed);
-        let admitted = door.admit(&mut request, peer);
+        requests.store(true, Ordering::Relaxed);
+        let open = state.begin();
+        let admitted = host.door.admit(&mut request, peer);
         let version = Version(request.version());
         request.extensions_mut().insert(version);
-        request.extensions_mut().insert(Arc::clone(&requests));
+        request.extensions_mut().insert(Arc::clone(&state));
         let path = request.uri().path();
         let identified = path != "/metrics" && !path.starts_with("/debug/");
         let answer = admitted.map(|()| filters.clone().call(request));
@@ -244,6 +277,7 @@ async fn serve_http(
             if identified {
                 identify(&mut response, &api);
             }
+            drop::<Open>(open);
             Ok::<Response, Infallible>(response)
         }
     });
@@ -258,12 +292,23 @@ async fn serve_http(
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_INTERVAL)
-        .max_concurrent_streams(64);
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_header_list_size(MAX_HEADERS)
+        .max_concurrent_streams(MAX_STREAMS);
     let mut serving = pin!(builder.serve_connection(TokioIo::new(socket), service));
     let silent = async {
         sleep_until(due).await;
-        if state.requested.load(Ordering::Relaxed) {
-            std::future::pending::<()>().await;
+        if !requested.load(Ordering::Relaxed) {
+            return;
+        }
+        loop {
+            let due = admission.idle_since().unwrap_or_else(Instant::now) + IDLE_TIMEOUT;
+            if due <= Instant::now() {
+                return;
+            }
+            sleep_until(due).await;
         }
     };
     let mut silent = pin!(silent);
@@ -277,7 +322,7 @@ async fn serve_http(
                 return;
             }
             () = &mut silent => return,
-            () = state.aborted.notified() => return,
+            () = admission.aborted() => return,
             _ = shutdown.wait_for(|stop| *stop), if !stopping => {
                 stopping = true;
                 serving.as_mut().graceful_shutdown();

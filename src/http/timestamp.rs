@@ -1,7 +1,7 @@
 //! Times as LiteFS writes them into JSON: RFC 3339 in UTC, without trailing zeros of the fraction.
 
 /// `ms`, milliseconds since the Unix epoch, as for example `2026-11-22T20:45:53.54Z`.
-pub(super) fn rfc3339(ms: i64) -> String {
+pub(crate) fn rfc3339(ms: i64) -> String {
     let (days, in_day) = (ms.div_euclid(86_400_000), ms.rem_euclid(86_400_000));
     let (year, month, day) = civil(days);
     let (seconds, milli) = (in_day / 1000, in_day % 1000);

@@ -1,10 +1,11 @@
 //! Databases as files: `GET /export` and `POST /import`.
 //!
 //! An export is read from a snapshot while writers go on, through a bounded channel. A client that
-//! takes nothing for [`STALL`] is cut off, and so is an export that takes longer than
+//! takes no piece for [`STALL`] is cut off, and so is an export that takes longer than
 //! `http.snapshot-timeout`. An import is spooled to a file without a name, and no lock is taken
-//! before its last byte is there; a body that stalls for [`STALL`] is refused. There are at most
-//! [`MAX_TRANSFERS`] at a time, each of which may hold a thread.
+//! before its last byte is there. A body that stalls, or comes too slowly ([`Pace`]), is refused; one
+//! that is longer than its database says it is, or leaves too little of the disk ([`Room::usable`](crate::store::Room::usable)), is
+//! refused as soon as that shows.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -16,28 +17,27 @@ use http::{HeaderMap, StatusCode, header};
 use serde::Deserialize;
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, SemaphorePermit, mpsc};
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, timeout_at};
 use tracing::{info, warn};
 use warp::Reply;
 use warp::reply::Response;
 
+use crate::sqlite::header::{DbHeader, HEADER_SIZE};
 use crate::store::{ImportError, StoreError, check_database};
 
 use super::api::{Api, refuse};
-use super::body;
-use super::server::Connection;
+use super::body::{self, PATIENCE, Pace};
+use super::guests::{Connection, Place};
 
-/// How long a client may take nothing, or send nothing.
+/// How long a client may take for one piece.
 const STALL: Duration = Duration::from_secs(10);
-/// Exports and imports at a time.
-const MAX_TRANSFERS: usize = 32;
+/// How many bytes of an import are spooled between two looks at the free space.
+const LOOK_EVERY: u64 = 8 << 20;
 /// Bytes of one piece of a body.
 const PIECE: usize = 256 << 10;
 /// Pieces that wait for the connection.
 const PIECES: usize = 4;
-
-static TRANSFERS: Semaphore = Semaphore::const_new(MAX_TRANSFERS);
 
 /// `?name=DB`.
 #[derive(Deserialize)]
@@ -60,11 +60,8 @@ impl DatabaseQuery {
     }
 }
 
-fn permit() -> Result<SemaphorePermit<'static>, Refusal> {
-    TRANSFERS.try_acquire().map_err(|_| {
-        let text = format!("{MAX_TRANSFERS} exports and imports are under way: try again later");
-        (StatusCode::SERVICE_UNAVAILABLE, text)
-    })
+fn place(connection: &Connection) -> Result<Place, Refusal> {
+    connection.place(|q| &q.transfers)
 }
 
 fn internal(e: impl std::fmt::Display) -> Refusal {
@@ -89,7 +86,7 @@ async fn export(
     query: DatabaseQuery,
 ) -> Result<Response, Refusal> {
     let name = query.name()?;
-    let permit = permit()?;
+    let place = place(&connection)?;
     let missing = || (StatusCode::NOT_FOUND, format!("no database {name:?}"));
     let db = api.store.database(&name).ok_or_else(missing)?;
     let snapshot = tokio::task::spawn_blocking(move || db.snapshot())
@@ -108,7 +105,7 @@ async fn export(
         runtime: Handle::current(),
     };
     tokio::task::spawn_blocking(move || {
-        let _permit = permit;
+        let _place = place;
         let written = snapshot.write_database(&mut pieces);
         // Nothing is kept for it while its last piece waits.
         drop(snapshot);
@@ -167,11 +164,12 @@ impl Write for Pieces {
 /// Answers `POST /import`.
 pub(super) async fn post_import<B: Buf>(
     api: Arc<Api>,
+    connection: Arc<Connection>,
     headers: HeaderMap,
     query: DatabaseQuery,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Response {
-    match import(&api, &headers, query, body).await {
+    match import(&api, &connection, &headers, query, body).await {
         Ok(()) => StatusCode::OK.into_response(),
         Err((status, text)) => refuse(status, &text),
     }
@@ -179,25 +177,29 @@ pub(super) async fn post_import<B: Buf>(
 
 async fn import<B: Buf>(
     api: &Api,
+    connection: &Connection,
     headers: &HeaderMap,
     query: DatabaseQuery,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Result<(), Refusal> {
     let name = query.name()?;
     check_primary(api)?;
-    let _permit = permit()?;
-    check_space(api, headers)?;
+    let place = place(connection)?;
+    check_space(api, content_length(headers).unwrap_or(0))?;
     let file = api.store.spool_file().map_err(internal)?;
     let file = tokio::select! {
-        file = spool(file, body) => file?,
+        file = spool(api, file, body) => file?,
         () = api.stopped() => {
             return Err((StatusCode::SERVICE_UNAVAILABLE, "this node stops".into()));
         }
     };
     let (store, db) = (Arc::clone(&api.store), name.clone());
-    let imported = tokio::task::spawn_blocking(move || store.import(&db, file))
-        .await
-        .map_err(internal)?;
+    let imported = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        store.import(&db, file)
+    })
+    .await
+    .map_err(internal)?;
     match imported {
         Ok(pos) => {
             info!(db = name, %pos, "a database was imported");
@@ -237,25 +239,27 @@ fn check_primary(api: &Api) -> Result<(), Refusal> {
     Err((StatusCode::SERVICE_UNAVAILABLE, text))
 }
 
-/// Refuses at once what cannot fit.
-fn check_space(api: &Api, headers: &HeaderMap) -> Result<(), Refusal> {
-    let length = headers
-        .get(header::CONTENT_LENGTH)
-        .and_then(|v| v.to_str().ok())
-        .and_then(|v| v.parse::<u64>().ok());
-    let (Some(length), Ok(disk)) = (length, api.store.statvfs()) else {
-        return Ok(());
-    };
-    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-    if length > free {
-        let text = format!("{length} bytes do not fit: the data directory has {free} bytes left");
-        return Err((StatusCode::INSUFFICIENT_STORAGE, text));
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    let value = headers.get(header::CONTENT_LENGTH)?;
+    value.to_str().ok()?.parse().ok()
+}
+
+/// Refuses what does not fit, with so many bytes still to come.
+fn check_space(api: &Api, coming: u64) -> Result<(), Refusal> {
+    match api.store.room() {
+        Some(room) if coming > room.usable() => {
+            let free = room.free;
+            let text =
+                format!("{coming} bytes do not fit: the data directory has {free} bytes left");
+            Err((StatusCode::INSUFFICIENT_STORAGE, text))
+        }
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// Writes the whole body to the file.
 async fn spool<B: Buf>(
+    api: &Api,
     file: std::fs::File,
     body: impl Stream<Item = Result<B, warp::Error>>,
 ) -> Result<std::fs::File, Refusal> {
@@ -268,9 +272,15 @@ async fn spool<B: Buf>(
         ),
         _ => internal(format!("cannot spool the import: {e}")),
     };
+    let mut pace = Pace::new();
+    let mut length = Length::default();
+    let mut looked_at = 0;
     loop {
-        let piece = timeout(STALL, body.next()).await.map_err(|_| {
-            let text = format!("nothing came for {} s: nothing is changed", STALL.as_secs());
+        let piece = pace.wait(body.next()).await.ok_or_else(|| {
+            let text = format!(
+                "next to nothing came for {} s: nothing is changed",
+                PATIENCE.as_secs()
+            );
             (StatusCode::REQUEST_TIMEOUT, text)
         })?;
         let Some(piece) = piece else { break };
@@ -278,12 +288,57 @@ async fn spool<B: Buf>(
             let text = format!("the body broke off: {e}: nothing is changed");
             (StatusCode::BAD_REQUEST, text)
         })?;
+        pace.came(piece.remaining());
+        if length.came >= looked_at + LOOK_EVERY {
+            looked_at = length.came;
+            check_space(api, LOOK_EVERY)?;
+        }
         while piece.has_remaining() {
-            file.write_all(piece.chunk()).await.map_err(full)?;
-            let n = piece.chunk().len();
+            let chunk = piece.chunk();
+            length.add(chunk)?;
+            file.write_all(chunk).await.map_err(full)?;
+            let n = chunk.len();
             piece.advance(n);
         }
     }
     file.flush().await.map_err(full)?;
     Ok(file.into_std().await)
+}
+
+/// How much of a database file has come, and how much there is by its header.
+#[derive(Default)]
+struct Length {
+    head: Vec<u8>,
+    came: u64,
+    due: Option<u64>,
+}
+
+impl Length {
+    /// Refuses what is no database, and more than there is of one: a body need not have an end.
+    fn add(&mut self, bytes: &[u8]) -> Result<(), Refusal> {
+        let bad = |text: String| Err((StatusCode::BAD_REQUEST, text + ": nothing is changed"));
+        self.came += bytes.len() as u64;
+        if self.due.is_none() {
+            let missing = HEADER_SIZE - self.head.len();
+            self.head
+                .extend_from_slice(&bytes[..missing.min(bytes.len())]);
+            if self.head.len() < HEADER_SIZE {
+                return Ok(());
+            }
+            match DbHeader::parse(&self.head) {
+                Ok(header) => {
+                    // Without a count of its own, a database is as long as its file.
+                    let pages = u64::from(header.pages(u64::MAX));
+                    self.due = Some(pages * u64::from(header.page_size));
+                }
+                Err(e) => return bad(e.to_string()),
+            }
+        }
+        match self.due {
+            Some(due) if self.came > due => bad(format!(
+                "there is more than the {due} bytes that its header says"
+            )),
+            _ => Ok(()),
+        }
+    }
 }

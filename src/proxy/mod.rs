@@ -25,11 +25,11 @@
 
 mod activity;
 mod body;
-mod cookie;
+pub(crate) mod cookie;
 mod handler;
-mod headers;
+pub(crate) mod headers;
 mod position;
-mod route;
+pub(crate) mod route;
 mod server;
 mod tunnel;
 mod upstream;

@@ -16,18 +16,20 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
-use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
-use crate::http::server::MAX_CONNECTIONS;
+use crate::http::server::keep_alive;
 
 use super::STOP_TIMEOUT;
 use super::activity::{Activity, Limits, Watched};
 use super::handler::{Client, Handler};
+
+/// The most connections at a time.
+const MAX_CONNECTIONS: usize = 1024;
 
 /// The most bytes of a request's head over HTTP/1; the default of HTTP/2 is 16 KiB.
 const MAX_HEAD: usize = 64 << 10;
@@ -35,24 +37,8 @@ const MAX_HEAD: usize = 64 << 10;
 /// The most requests at a time on one HTTP/2 connection.
 const MAX_STREAMS: u32 = 64;
 
-/// How long a peer may be silent before the kernel asks whether it is there, and how often it asks
-/// then; it takes part in ending connections for which the configuration has no limit.
-const PROBE_AFTER: Duration = Duration::from_secs(60);
-const PROBE_EVERY: Duration = Duration::from_secs(10);
-
 /// The right to be a connection; given back when the last holder drops it.
 pub type Permit = Arc<OwnedSemaphorePermit>;
-
-/// Has the kernel find out when the peer of a silent connection is gone.
-pub fn keep_alive(socket: &TcpStream) {
-    let _ = socket.set_nodelay(true);
-    let probes = TcpKeepalive::new()
-        .with_time(PROBE_AFTER)
-        .with_interval(PROBE_EVERY);
-    if let Err(error) = SockRef::from(socket).set_tcp_keepalive(&probes) {
-        debug!(%error, "a connection goes without keep-alive");
-    }
-}
 
 /// Answers until `shutdown` becomes true; then takes no more connections, and ends when the open ones
 /// have, [`STOP_TIMEOUT`] later at the latest.

@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 use tower_service::Service;
 
 use super::body::{ProxyBody, whole};
-use super::server::keep_alive;
+use crate::http::server::keep_alive;
 
 /// How long a peer that does not accept connections is tried.
 pub const PATIENCE: Duration = Duration::from_secs(10);

@@ -292,7 +292,10 @@ impl State {
             return self.preserve(db, 1..=self.page_count);
         }
         let changed = c.changed.iter().map(|(pgno, _)| *pgno);
-        self.preserve(db, changed.chain(c.commit + 1..=self.page_count))
+        self.preserve(
+            db,
+            changed.chain(c.commit.saturating_add(1)..=self.page_count),
+        )
     }
 }
 

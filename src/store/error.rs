@@ -55,6 +55,11 @@ pub enum StoreError {
         /// What is wrong.
         what: String,
     },
+    /// There is room for no more databases.
+    #[error(
+        "there are {0} databases already, the most that a node can have, dropped ones included"
+    )]
+    TooManyDatabases(usize),
     /// This name cannot be that of a database.
     #[error(
         "invalid database name {0:?}: it must be a file name of at most 200 bytes that does not end in -journal, -wal, -shm, -pos or -lock"
@@ -181,6 +186,7 @@ impl StoreError {
             StoreError::NotPrimary(_) => libc::EACCES,
             StoreError::Busy { .. } | StoreError::LockTimeout { .. } => libc::EBUSY,
             StoreError::Name(_) | StoreError::NotADatabase { .. } => libc::EINVAL,
+            StoreError::TooManyDatabases(_) => libc::ENOSPC,
             StoreError::NoDatabase(_) => libc::ENOENT,
             _ => libc::EIO,
         }

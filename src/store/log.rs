@@ -600,6 +600,16 @@ pub struct LogRecord {
 }
 
 impl LogRecord {
+    /// The checksum that its LTX file ends at; the body is still read from its beginning.
+    pub fn post_apply_checksum(&self) -> Result<u64, StoreError> {
+        let mut tail = self.body.clone();
+        tail.skip(self.header.length.saturating_sub(ltx::TRAILER_SIZE as u64));
+        let mut checksum = [0u8; 8];
+        tail.peek(&mut checksum)
+            .map_err(StoreError::io("read log segment", &self.path))?;
+        Ok(u64::from_be_bytes(checksum))
+    }
+
     /// The header of its LTX file; the body is still read from its beginning.
     pub fn ltx_header(&self) -> Result<ltx::Header, StoreError> {
         let mut head = [0u8; ltx::HEADER_SIZE];

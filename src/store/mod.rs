@@ -11,7 +11,7 @@ use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
@@ -33,6 +33,8 @@ mod fault;
 mod files;
 mod forward;
 pub mod front;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod fuzz;
 mod gate;
 mod halt;
 mod import;
@@ -51,6 +53,7 @@ mod replica;
 mod replica_wal;
 mod role_change;
 mod rollback;
+mod room;
 mod scrub;
 pub mod segment;
 mod shm;
@@ -73,7 +76,8 @@ pub use import::ImportError;
 pub use log::LogStats;
 pub use names::{LOCK_DIR, Name, check_database};
 pub use receive::Received;
-pub use records::{Next, Record};
+pub use records::{LargeRecord, Next, Record};
+pub use room::Room;
 pub use scrub::{Scrub, ScrubOptions};
 pub use snapshot::Snapshot;
 pub use super_journal::SuperJournal;
@@ -95,6 +99,8 @@ pub enum Role {
 
 /// How long [`Store::pause_writes`] waits for commits in flight.
 pub const PAUSE_WAIT: Duration = Duration::from_secs(5);
+/// The most databases of a node, dropped ones included: nobody creates more, no primary and no backup.
+pub const MAX_DATABASES: usize = 16_384;
 /// Lag of a replica that has never been in step.
 const NEVER_IN_STEP: i64 = i64::MIN;
 
@@ -112,6 +118,8 @@ pub struct Store {
     _lock: fs::File,
     /// The primary's time as of which this node has everything, ms since the Unix epoch.
     in_step_at: AtomicI64,
+    /// See [`MAX_DATABASES`].
+    most_databases: AtomicUsize,
 }
 
 impl Store {
@@ -143,6 +151,7 @@ impl Store {
             role: RwLock::new(Role::Replica { hostname: None }),
             role_change: Mutex::default(),
             in_step_at: AtomicI64::new(NEVER_IN_STEP),
+            most_databases: AtomicUsize::new(MAX_DATABASES),
         };
         store.open_databases(&dbs)?;
         store.finish_intents()?;
@@ -258,6 +267,10 @@ impl Store {
         if let Some(db) = databases.get(name) {
             return Ok(db.clone());
         }
+        let most = self.most_databases.load(Ordering::Relaxed);
+        if databases.len() >= most {
+            return Err(StoreError::TooManyDatabases(most));
+        }
         let db = self.new_database(name)?;
         databases.insert(name.to_owned(), db.clone());
         Ok(db)
@@ -268,6 +281,12 @@ impl Store {
         let options = &self.context.options;
         let log = log::Log::open(options, &dir.join("log"), options.segment_age(), 0)?;
         Ok(Database::empty(&self.context, name, &dir, log))
+    }
+
+    /// Sets another limit than [`MAX_DATABASES`].
+    #[cfg(test)]
+    pub(crate) fn set_most_databases(&self, most: usize) {
+        self.most_databases.store(most, Ordering::Relaxed);
     }
 
     /// The same for the applier; a database that is set aside gives way to a snapshot.
@@ -374,17 +393,7 @@ impl Store {
 
     /// The data directory's file system.
     pub fn statvfs(&self) -> io::Result<libc::statvfs> {
-        use std::os::unix::ffi::OsStrExt;
-        let path = std::ffi::CString::new(self.data_dir().as_os_str().as_bytes())?;
-        // SAFETY: all zeros is a valid `statvfs`, which the call fills; the path outlives it.
-        unsafe {
-            let mut s: libc::statvfs = std::mem::zeroed();
-            if libc::statvfs(path.as_ptr(), &mut s) == 0 {
-                Ok(s)
-            } else {
-                Err(io::Error::last_os_error())
-            }
-        }
+        statvfs(self.data_dir())
     }
 
     /// Sets or takes away the mount.
@@ -491,6 +500,20 @@ impl Store {
     /// Names of databases, for those who compare nodes.
     pub fn names(&self) -> BTreeSet<String> {
         self.databases.read().keys().cloned().collect()
+    }
+}
+
+fn statvfs(dir: &Path) -> io::Result<libc::statvfs> {
+    use std::os::unix::ffi::OsStrExt;
+    let path = std::ffi::CString::new(dir.as_os_str().as_bytes())?;
+    // SAFETY: all zeros is a valid `statvfs`, which the call fills; the path outlives it.
+    unsafe {
+        let mut s: libc::statvfs = std::mem::zeroed();
+        if libc::statvfs(path.as_ptr(), &mut s) == 0 {
+            Ok(s)
+        } else {
+            Err(io::Error::last_os_error())
+        }
     }
 }
 

@@ -1,12 +1,14 @@
 //! What a name in the mount stands for.
 
-use crate::sqlite::journal::is_super_journal_file_name;
+use crate::sqlite::journal::super_journal_database;
 
 use super::database::FileKind;
 use super::error::StoreError;
 
 /// Longest name of a database, in bytes: room for every suffix within a file name.
 const MAX_NAME: usize = 200;
+/// Longest name of any file, in bytes.
+const MAX_FILE_NAME: usize = 255;
 
 /// The directory of the halt locks' files, in the mount.
 pub const LOCK_DIR: &str = ".lock";
@@ -41,8 +43,11 @@ impl Name<'_> {
             LOCK_DIR => return Name::LockDir,
             _ => {}
         }
-        if is_super_journal_file_name(name) {
-            return Name::SuperJournal(name);
+        if let Some(db) = super_journal_database(name) {
+            return match is_database(db) && name.len() <= MAX_FILE_NAME {
+                true => Name::SuperJournal(name),
+                false => Name::Invalid,
+            };
         }
         let parsed = if let Some(db) = name.strip_suffix("-journal") {
             (Name::File(FileKind::Journal, db), db)
@@ -69,11 +74,11 @@ fn is_database(name: &str) -> bool {
     let reserved = ["-journal", "-wal", "-shm", "-pos", "-lock"]
         .iter()
         .any(|s| name.ends_with(s))
-        || is_super_journal_file_name(name);
+        || super_journal_database(name).is_some();
     !name.is_empty()
         && name.len() <= MAX_NAME
         && !matches!(name, "." | ".." | ".primary" | ".lag" | LOCK_DIR)
-        && !name.contains(['/', '\0'])
+        && !name.contains(|c: char| c == '/' || c.is_control())
         && !reserved
 }
 
@@ -108,6 +113,8 @@ mod tests {
         assert_eq!(Name::parse(".primary"), Name::Primary);
         assert_eq!(Name::parse("-wal"), Name::Invalid);
         assert_eq!(Name::parse("a-wal-wal"), Name::Invalid);
+        assert_eq!(Name::parse("../a-mj0A1B2C9D0"), Name::Invalid);
+        assert_eq!(Name::parse("a-wal-mj0A1B2C9D0"), Name::Invalid);
     }
 
     #[test]
@@ -119,6 +126,10 @@ mod tests {
             "../x",
             "a/b",
             "a\0b",
+            // Whoever lists names, or reads the log, sees one name where there is one.
+            "a\nb",
+            "a\x1b[2J",
+            "a\u{85}b",
             "x-wal",
             "x-journal",
             ".lag",

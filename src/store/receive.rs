@@ -11,13 +11,16 @@ use crate::sqlite::header::DbHeader;
 
 use super::Store;
 use super::capture::Captured;
-use super::database::Database;
+use super::database::{Database, State};
 use super::disk::{File, Reader, Scratch};
 use super::divergent::Common;
 use super::error::StoreError;
+use super::room::{self, Room};
 
 /// Bytes of a received file that are kept in memory; a larger one is spooled to disk.
 const SPOOL_MEMORY: usize = 8 << 20;
+/// After how many bytes of one the free space is looked at again.
+const LOOK_EVERY: u64 = 8 << 20;
 
 /// What became of a received file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +57,12 @@ impl Spool {
             file.write_all_at(&self.memory, 0)?;
             self.memory = Vec::new();
             self.file = Some(file);
+        }
+        if at / LOOK_EVERY != self.size / LOOK_EVERY {
+            let usable = Room::of(self.scratch.dir()).map(|room| room.usable());
+            if usable.is_some_and(|usable| usable < LOOK_EVERY) {
+                return Err(io::Error::from_raw_os_error(libc::ENOSPC));
+            }
         }
         match &self.file {
             Some(file) => file.write_all_at(data, at),
@@ -120,6 +129,7 @@ pub(super) struct Incoming {
 impl Incoming {
     pub fn read(scratch: Scratch, from: &mut dyn Read, db: &str) -> Result<Incoming, StoreError> {
         let context = || format!("transaction received for {db}");
+        let dir = scratch.dir().to_owned();
         let mut spool = Spool::new(scratch);
         let mut decoder = Decoder::new(Tee {
             from,
@@ -127,6 +137,7 @@ impl Incoming {
         })
         .map_err(StoreError::ltx(context()))?;
         let header = *decoder.header();
+        room::check(&dir, db, &header)?;
         let mut page = vec![0u8; header.page_size as usize];
         let mut pages = Vec::new();
         let mut wal_mode = None;
@@ -229,6 +240,7 @@ impl Database {
                 need,
             });
         }
+        self.check_growth(&st, incoming)?;
         let expected = if incoming.header.page_size == st.page_size {
             st.sums
                 .checksum_with(&incoming.pages, incoming.header.commit)
@@ -246,6 +258,31 @@ impl Database {
                 ),
                 source,
             });
+        }
+        Ok(())
+    }
+
+    /// An error if the file does not hold every page that it adds to the database: what such a page
+    /// is would be left open, and a header could make the database as large as it says.
+    fn check_growth(&self, st: &State, incoming: &Incoming) -> Result<(), StoreError> {
+        let Header {
+            page_size, commit, ..
+        } = incoming.header;
+        let old = match page_size == st.page_size {
+            true => st.page_count,
+            false => 0,
+        };
+        let lock_page = ltx::lock_pgno(page_size);
+        let lock_page = u32::from((old.saturating_add(1)..=commit).contains(&lock_page));
+        let added = incoming.pages.iter().filter(|(pgno, _)| *pgno > old);
+        let added = added.count() as u64 + u64::from(lock_page);
+        if u64::from(commit) > u64::from(old) + added {
+            let what = format!(
+                "transaction {:016x} makes it {commit} pages of {page_size} bytes, and does not hold all that are new",
+                incoming.header.max_txid
+            );
+            let db = self.name.clone();
+            return Err(StoreError::Refused { db, what });
         }
         Ok(())
     }

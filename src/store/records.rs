@@ -1,6 +1,7 @@
 //! What the replication stream reads of a database.
 
-use std::io::Read;
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
 
 use bytes::Bytes;
 use crc_fast::CrcAlgorithm::Crc64GoIso;
@@ -9,6 +10,7 @@ use crate::ltx::{Header, Pos};
 
 use super::database::Database;
 use super::error::StoreError;
+use super::segment::{BodyReader, RecordHeader};
 
 /// A transaction of the log.
 #[derive(Clone, Debug)]
@@ -24,19 +26,81 @@ pub struct Record {
 }
 
 /// What a replica at some position needs next.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub enum Next {
     /// Nothing: it has everything that is on disk here.
     UpToDate,
     /// This transaction.
     Record(Record),
+    /// This transaction, which is to be read piece by piece.
+    Large(LargeRecord),
     /// A snapshot: no transaction here follows its position.
     Snapshot,
 }
 
-/// Largest record that is sent as one piece; a larger transaction goes out as a snapshot, which is
-/// streamed.
-const MAX_RECORD: u64 = 256 << 20;
+/// Largest record that is handed out as one piece. What waits for a replica that is slow is a few of
+/// them.
+const MAX_RECORD: u64 = 1 << 20;
+
+/// Bytes that are read at a time to compare them with their checksum.
+const PIECE: usize = 64 << 10;
+
+/// A transaction of the log that is too large for memory. Its bytes stay as long as it is held.
+#[derive(Debug)]
+pub struct LargeRecord {
+    path: PathBuf,
+    header: RecordHeader,
+    post_apply_checksum: u64,
+    body: BodyReader,
+}
+
+impl LargeRecord {
+    /// The position after it.
+    pub fn pos(&self) -> Pos {
+        Pos {
+            txid: self.header.max_txid,
+            checksum: self.post_apply_checksum,
+        }
+    }
+
+    /// Bytes of the LTX file.
+    pub fn size(&self) -> u64 {
+        self.header.length
+    }
+
+    /// Whether the log still has what was written. Reads all of it.
+    fn is_whole(&self) -> Result<bool, StoreError> {
+        let (mut body, mut crc) = (self.body.clone(), crc_fast::Digest::new(Crc64GoIso));
+        let mut piece = vec![0; PIECE];
+        loop {
+            match body.read(&mut piece) {
+                Ok(0) => return Ok(crc.finalize() == self.header.body_crc),
+                Ok(n) => crc.update(&piece[..n]),
+                Err(e) => return Err(StoreError::io("read log segment", &self.path)(e)),
+            }
+        }
+    }
+
+    /// Writes the whole LTX file. `w` should buffer.
+    pub fn write_to(mut self, w: &mut dyn Write) -> Result<Pos, StoreError> {
+        let io = |e| StoreError::io("read log segment", &self.path)(e);
+        io::copy(&mut self.body, w).map_err(io)?;
+        Ok(self.pos())
+    }
+
+    /// The same in memory.
+    pub fn load(self) -> Result<Record, StoreError> {
+        let (header, post_apply_checksum) = (self.header, self.post_apply_checksum);
+        let mut bytes = Vec::with_capacity(header.length as usize);
+        self.write_to(&mut bytes)?;
+        Ok(Record {
+            min_txid: header.min_txid,
+            max_txid: header.max_txid,
+            post_apply_checksum,
+            bytes: bytes.into(),
+        })
+    }
+}
 
 impl Database {
     /// What a replica at `pos` needs next. Blocks on a read of the log.
@@ -48,44 +112,36 @@ impl Database {
         if pos.txid == 0 || pos.txid >= here.txid {
             return Ok(Next::Snapshot);
         }
-        let Some(mut record) = self.log().read(pos.txid + 1)? else {
+        let Some(record) = self.log().read(pos.txid + 1)? else {
             return Ok(Next::Snapshot);
         };
-        if record.header.length > MAX_RECORD || record.header.max_txid > here.txid {
+        if record.header.max_txid > here.txid || record.ltx_header()?.pre_apply_pos() != pos {
             return Ok(Next::Snapshot);
         }
-        let mut bytes = Vec::with_capacity(record.header.length as usize);
-        record
-            .body
-            .read_to_end(&mut bytes)
-            .map_err(StoreError::io("read log segment", &record.path))?;
-        if crc_fast::checksum(Crc64GoIso, &bytes) != record.header.body_crc {
+        let record = LargeRecord {
+            post_apply_checksum: record.post_apply_checksum()?,
+            path: record.path,
+            header: record.header,
+            body: record.body,
+        };
+        let (path, max_txid) = (record.path.clone(), record.header.max_txid);
+        let whole = if record.header.length > MAX_RECORD {
+            record.is_whole()?.then_some(Next::Large(record))
+        } else {
+            let crc = record.header.body_crc;
+            let record = record.load()?;
+            let whole = crc_fast::checksum(Crc64GoIso, &record.bytes) == crc;
+            whole.then_some(Next::Record(record))
+        };
+        Ok(whole.unwrap_or_else(|| {
             // The scrub deals with the log; the replica is given what is whole.
             tracing::warn!(
                 db = self.name,
-                path = %record.path.display(),
-                txid = format!("{:016x}", record.header.max_txid),
+                path = %path.display(),
+                txid = format!("{max_txid:016x}"),
                 "a damaged transaction is not sent: a snapshot takes its place"
             );
-            return Ok(Next::Snapshot);
-        }
-        let head = bytes
-            .first_chunk()
-            .ok_or_else(|| StoreError::corrupt(&record.path, "a record without an LTX header"))?;
-        let header =
-            Header::decode(head).map_err(StoreError::ltx(record.path.display().to_string()))?;
-        if header.pre_apply_pos() != pos {
-            return Ok(Next::Snapshot);
-        }
-        let tail = bytes.len().saturating_sub(crate::ltx::TRAILER_SIZE);
-        let post = bytes[tail..]
-            .first_chunk::<8>()
-            .map_or(0, |b| u64::from_be_bytes(*b));
-        Ok(Next::Record(Record {
-            min_txid: record.header.min_txid,
-            max_txid: record.header.max_txid,
-            post_apply_checksum: post,
-            bytes: bytes.into(),
+            Next::Snapshot
         }))
     }
 

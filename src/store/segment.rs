@@ -403,7 +403,7 @@ impl Segment {
 }
 
 /// Reads an LTX file that is a part of another file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct BodyReader {
     file: File,
     offset: u64,

@@ -17,13 +17,14 @@
 //! never replicate. A node that reaches itself under the primary's address ends the stream.
 //!
 //! Deadlines: those of connecting, [`ANSWER_TIMEOUT`], and [`IDLE_TIMEOUT`] without a byte while one
-//! could be taken (a primary sends a heartbeat every second). A stream that ends without an `end` or
-//! `handoff` frame is an error.
+//! could be taken (a primary sends a heartbeat every second). A frame that comes byte by byte is none
+//! the better: what it keeps this node waiting is bounded by [`FRAME_PATIENCE`] and its bytes. A stream
+//! that ends without an `end` or `handoff` frame is an error.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{Buf, Bytes};
 use http::{Request, Response, StatusCode, Uri, Version};
@@ -50,6 +51,13 @@ pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a stream may be without a byte.
 pub const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long one frame may keep this node waiting on the whole, besides a second for each
+/// [`BYTES_A_SECOND`] of it.
+pub const FRAME_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The least rate at which a frame comes.
+const BYTES_A_SECOND: u64 = 4096;
 
 /// How long a stream that is over waits for the transaction that is being applied.
 const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
@@ -452,8 +460,12 @@ impl Applier {
             bytes,
             current: Bytes::new(),
             ended: false,
+            waited: Duration::ZERO,
+            came: 0,
+            late: false,
         };
         loop {
+            input.begin();
             match Frame::read(&mut input)? {
                 Frame::Ltx { name, .. } => self.apply(&name, &mut input)?,
                 Frame::Ready => {
@@ -504,6 +516,7 @@ impl Applier {
                 }
                 Ok(())
             }
+            Err(_) if input.late => Err(FrameError::Io(input.lateness()).into()),
             // The stream broke off inside the file: nothing is wrong with what was sent.
             Err(_) if input.ended => {
                 Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into())
@@ -579,12 +592,47 @@ struct ChannelReader {
     current: Bytes,
     /// The channel has ended.
     ended: bool,
+    /// How long this frame was waited for.
+    waited: Duration,
+    /// How many bytes came meanwhile.
+    came: u64,
+    /// It was waited for too long.
+    late: bool,
+}
+
+impl ChannelReader {
+    /// A frame begins.
+    fn begin(&mut self) {
+        (self.waited, self.came) = (Duration::ZERO, 0);
+    }
+
+    fn lateness(&self) -> io::Error {
+        let text = format!(
+            "only {} bytes of a frame came in {:?}",
+            self.came, self.waited
+        );
+        io::Error::new(io::ErrorKind::TimedOut, text)
+    }
+
+    /// The next bytes; `None` at the end.
+    fn next(&mut self) -> io::Result<Option<Bytes>> {
+        let begun = Instant::now();
+        let bytes = self.bytes.blocking_recv();
+        self.waited += begun.elapsed();
+        self.came += bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
+        let patience = FRAME_PATIENCE + Duration::from_secs(self.came / BYTES_A_SECOND);
+        if self.waited > patience {
+            self.late = true;
+            return Err(self.lateness());
+        }
+        Ok(bytes)
+    }
 }
 
 impl Read for ChannelReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
-            match self.bytes.blocking_recv() {
+            match self.next()? {
                 Some(bytes) => self.current = bytes,
                 None => {
                     self.ended = true;

@@ -23,7 +23,7 @@
 
 use std::collections::BTreeSet;
 use std::future::Future;
-use std::io;
+use std::io::{self, Write};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -35,7 +35,7 @@ use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout, t
 use tracing::warn;
 
 use crate::ltx::Pos;
-use crate::store::{Database, Next, Record, Snapshot, Store, StoreError, Subscription};
+use crate::store::{Database, LargeRecord, Next, Record, Store, StoreError, Subscription};
 
 use super::frame::{ChunkWriter, Frame, encode_ltx};
 use super::parse_node_id;
@@ -102,7 +102,9 @@ pub enum SendError {
     #[error("the replica took nothing for {0:?}")]
     Slow(Duration),
     /// A snapshot took longer than `http.snapshot-timeout`.
-    #[error("the snapshot of {db} took longer than {limit:?}; raise http.snapshot-timeout")]
+    #[error(
+        "a snapshot or a large transaction of {db} took longer than {limit:?}; raise http.snapshot-timeout"
+    )]
     SnapshotTimeout {
         /// The database.
         db: String,
@@ -121,7 +123,7 @@ pub enum SendError {
         source: StoreError,
     },
     /// The database could not be read to its end, in the middle of its frame.
-    #[error("cannot go on with the snapshot of {db}: {source}")]
+    #[error("cannot go on with a snapshot or a large transaction of {db}: {source}")]
     Snapshot {
         /// The database.
         db: String,
@@ -198,6 +200,7 @@ impl Sender<'_> {
         mut stopped: watch::Receiver<bool>,
         orders: &mut mpsc::Receiver<Order>,
     ) -> Result<(), SendError> {
+        self.note_unknown();
         let mut dirty: BTreeSet<String> = self.positions.keys().cloned().collect();
         dirty.extend(self.store.databases().iter().map(|db| db.name().to_owned()));
         self.round(dirty).await?;
@@ -316,6 +319,7 @@ impl Sender<'_> {
             match batch {
                 Batch::UpToDate => return Ok(()),
                 Batch::Snapshot => self.send_snapshot(name, &db).await?,
+                Batch::Large(record) => self.send_large(name, record).await?,
                 Batch::Records(records) => {
                     for record in records {
                         self.send_record(name, record).await?;
@@ -332,15 +336,24 @@ impl Sender<'_> {
         }
     }
 
+    /// Says which databases only the replica has: in one line, however many it names.
+    fn note_unknown(&self) {
+        let here = |name: &&String| self.store.database(name).is_none();
+        let unknown: Vec<&String> = self.positions.keys().filter(here).collect();
+        if let Some(db) = unknown.first() {
+            warn!(
+                ?db,
+                databases = unknown.len(),
+                "a replica has databases that this node, the primary, does not have; one is named"
+            );
+        }
+    }
+
     /// Tells the replica, once, that it has a database that this node has not. It keeps it.
     async fn send_drop(&mut self, name: &str) -> Result<(), SendError> {
         if self.positions.remove(name).is_none() {
             return Ok(());
         }
-        warn!(
-            db = name,
-            "a replica has a database that this node, the primary, does not have"
-        );
         self.send_frame(&Frame::DropDb {
             name: name.to_owned(),
         })
@@ -350,11 +363,7 @@ impl Sender<'_> {
     async fn send_record(&mut self, name: &str, record: Record) -> Result<(), SendError> {
         let mut bytes = Vec::new();
         encode_ltx(name, &record.bytes, &mut bytes);
-        Frame::HighWaterMark {
-            txid: self.store.database(name).map_or(0, |db| db.backed_up()),
-            name: name.to_owned(),
-        }
-        .encode(&mut bytes);
+        self.high_water_mark(name).encode(&mut bytes);
         self.send(bytes.into()).await?;
         self.stats.count_sent(name, SentKind::Ltx);
         let pos = Pos {
@@ -369,9 +378,39 @@ impl Sender<'_> {
     async fn send_snapshot(&mut self, name: &str, db: &Arc<Database>) -> Result<(), SendError> {
         let reader = Arc::clone(db);
         let snapshot = self.off_thread(name, move || reader.snapshot()).await?;
+        let write = move |w: &mut dyn Write| {
+            let mut snapshot = snapshot;
+            // It is released before its last piece waits for a slow replica.
+            snapshot.write_to(w)
+        };
+        self.send_file(name, SentKind::Snapshot, write).await
+    }
+
+    /// Sends a transaction that is read from the log while it is sent.
+    async fn send_large(&mut self, name: &str, record: LargeRecord) -> Result<(), SendError> {
+        let write = move |w: &mut dyn Write| record.write_to(w);
+        self.send_file(name, SentKind::Ltx, write).await?;
+        self.send_frame(&self.high_water_mark(name)).await
+    }
+
+    fn high_water_mark(&self, name: &str) -> Frame {
+        Frame::HighWaterMark {
+            txid: self.store.database(name).map_or(0, |db| db.backed_up()),
+            name: name.to_owned(),
+        }
+    }
+
+    /// Sends the LTX file that a thread of its own writes, piece by piece; the replica is at the
+    /// position that it gives then.
+    async fn send_file(
+        &mut self,
+        name: &str,
+        kind: SentKind,
+        write: impl FnOnce(&mut dyn Write) -> Result<Pos, StoreError> + Send + 'static,
+    ) -> Result<(), SendError> {
         // The thread gives up as soon as `_alive` is gone, that is when this future is dropped.
         let (_alive, cancelled) = watch::channel(());
-        let job = SnapshotJob {
+        let job = FileJob {
             name: name.to_owned(),
             limits: self.limits,
             deadline: Instant::now() + self.limits.snapshot,
@@ -379,10 +418,10 @@ impl Sender<'_> {
             cancelled,
             runtime: Handle::current(),
         };
-        let pos = tokio::task::spawn_blocking(move || job.run(snapshot))
+        let pos = tokio::task::spawn_blocking(move || job.run(write))
             .await
             .map_err(|_| SendError::Panic)??;
-        self.stats.count_sent(name, SentKind::Snapshot);
+        self.stats.count_sent(name, kind);
         self.positions.insert(name.to_owned(), pos);
         Ok(())
     }
@@ -434,6 +473,7 @@ impl Sender<'_> {
 enum Batch {
     UpToDate,
     Records(Vec<Record>),
+    Large(LargeRecord),
     Snapshot,
 }
 
@@ -453,14 +493,15 @@ fn read_batch(db: &Database, mut from: Pos) -> Result<Batch, StoreError> {
             }
             Next::UpToDate if records.is_empty() => return Ok(Batch::UpToDate),
             Next::Snapshot if records.is_empty() => return Ok(Batch::Snapshot),
-            Next::UpToDate | Next::Snapshot => break,
+            Next::Large(record) if records.is_empty() => return Ok(Batch::Large(record)),
+            Next::UpToDate | Next::Snapshot | Next::Large(_) => break,
         }
     }
     Ok(Batch::Records(records))
 }
 
-/// What the thread that sends one snapshot needs.
-struct SnapshotJob {
+/// What the thread that sends one snapshot or large transaction needs.
+struct FileJob {
     name: String,
     limits: Limits,
     deadline: Instant,
@@ -469,10 +510,13 @@ struct SnapshotJob {
     runtime: Handle,
 }
 
-impl SnapshotJob {
-    /// Sends the LTX frame and gives the snapshot's position.
-    fn run(mut self, mut snapshot: Snapshot) -> Result<Pos, SendError> {
-        // Why a piece was not sent: the snapshot's writer only sees an I/O error.
+impl FileJob {
+    /// Sends the LTX frame of what `write` writes, and gives its position.
+    fn run(
+        mut self,
+        write: impl FnOnce(&mut dyn Write) -> Result<Pos, StoreError>,
+    ) -> Result<Pos, SendError> {
+        // Why a piece was not sent: whoever writes only sees an I/O error.
         let mut refused = None;
         let name = self.name.clone();
         let mut writer = ChunkWriter::new(&name, |piece| {
@@ -482,9 +526,7 @@ impl SnapshotJob {
                 seen
             })
         });
-        let written = snapshot.write_to(&mut writer);
-        // The snapshot is released before the last piece waits for a slow replica.
-        drop(snapshot);
+        let written = write(&mut writer);
         let sent = match written {
             Ok(pos) => writer.finish().map(|()| pos).map_err(|_| SendError::Gone),
             Err(source) => Err(SendError::Snapshot { db: name, source }),

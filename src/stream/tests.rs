@@ -35,6 +35,8 @@ use super::stats::Stats;
 enum Then {
     End,
     Hang,
+    /// Sends 0xff, a byte each half second.
+    Drip,
 }
 
 /// A primary that answers every stream with `body`, and the position maps that it was sent.
@@ -56,6 +58,10 @@ async fn fake_primary(body: Vec<u8>, then: Then) -> (PrimaryInfo, Arc<Mutex<Vec<
                     let rest = match then {
                         Then::End => stream::empty().boxed(),
                         Then::Hang => stream::pending().boxed(),
+                        Then::Drip => stream::repeat(())
+                            .then(|()| tokio::time::sleep(Duration::from_millis(500)))
+                            .map(|()| Ok(BodyFrame::data(Bytes::from_static(&[0xff]))))
+                            .boxed(),
                     };
                     let response = Response::new(StreamBody::new(sent.chain(rest)));
                     Ok::<_, Infallible>(response)
@@ -452,4 +458,162 @@ async fn a_stop_during_a_snapshot_ends_its_thread() {
     timeout(Duration::from_secs(5), end)
         .await
         .expect("the end of the channel");
+}
+
+#[tokio::test]
+async fn a_frame_that_comes_byte_by_byte_ends_the_stream() {
+    let mut head = Vec::new();
+    let name = "a.db".to_owned();
+    Frame::Ltx { size: 0, name }.encode(&mut head);
+    let mut chunk = head.clone();
+    // A chunk of 65,535 bytes, of which the LTX header and the first page's number are there.
+    chunk.extend([0xff, 0xff]);
+    chunk.extend_from_slice(&golden("delete-4096-raw")[0][..104]);
+    // Inside a frame's head, and inside of an LTX file.
+    let drips = [head[..10].to_vec(), chunk].map(|body| async move {
+        let node = TestNode::new();
+        let (primary, _) = fake_primary(body, Then::Drip).await;
+        let (receiver, begun) = (receiver(&node), Instant::now());
+        let error = timeout(MINUTE, follow(&receiver, &primary))
+            .await
+            .unwrap()
+            .unwrap_err();
+        let late = matches!(&error, StreamError::Frame(FrameError::Io(e)) if e.kind() == std::io::ErrorKind::TimedOut);
+        assert!(late, "{error}");
+        assert!(begun.elapsed() < Duration::from_secs(20), "{error}");
+        assert!(node.store.databases().is_empty());
+    });
+    futures_util::future::join_all(drips).await;
+}
+
+/// An LTX file of one page of zeros.
+fn one_page(header: crate::ltx::Header, post_apply: u64) -> Vec<u8> {
+    let mut encoder = crate::ltx::Encoder::new(Vec::new(), header).unwrap();
+    encoder
+        .page(2, &vec![0; header.page_size as usize])
+        .unwrap();
+    encoder.finish(post_apply).unwrap().0
+}
+
+#[tokio::test]
+async fn sizes_that_a_primary_states_are_not_believed() {
+    let node = TestNode::new();
+    node.seed("a.db", &golden("wal-512-lz4")).await;
+    let before = (node.pos("a.db"), node.snapshot("a.db").await);
+    let pos = before.0;
+    for (commit, min_txid, max_txid) in [
+        (u32::MAX, pos.txid + 1, pos.txid + 1),
+        (u32::MAX - 1, pos.txid + 1, u64::MAX),
+        (1 << 31, pos.txid + 1, pos.txid + 1),
+    ] {
+        let mut header =
+            crate::ltx::Header::decode(golden("wal-512-lz4")[1].first_chunk().unwrap()).unwrap();
+        (header.commit, header.min_txid, header.max_txid) = (commit, min_txid, max_txid);
+        header.pre_apply_checksum = pos.checksum;
+        // Whoever has the database can make its checksum right.
+        let sums = |zeros: &[u8]| crate::ltx::page_checksum(2, zeros);
+        let old = {
+            let pages = &before.1;
+            pages.chunks(516).find(|p| p[..4] == [0, 0, 0, 2]).unwrap()[4..].to_vec()
+        };
+        let post = (pos.checksum ^ sums(&old) ^ sums(&[0; 512])) | crate::ltx::CHECKSUM_FLAG;
+        let mut body = Vec::new();
+        encode_ltx("a.db", &one_page(header, post), &mut body);
+        Frame::End.encode(&mut body);
+        let (primary, _) = fake_primary(body, Then::End).await;
+        let error = follow(&receiver(&node), &primary).await.unwrap_err();
+        assert!(matches!(error, StreamError::Store { .. }), "{error}");
+        assert_eq!(
+            (node.pos("a.db"), node.snapshot("a.db").await),
+            before,
+            "{error}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_primary_creates_a_bounded_number_of_databases() {
+    let node = TestNode::new();
+    node.store.set_most_databases(3);
+    let mut body = Vec::new();
+    for n in 0..100 {
+        encode_ltx(&format!("{n}.db"), &golden("delete-512-lz4")[0], &mut body);
+    }
+    let (primary, _) = fake_primary(body, Then::End).await;
+    let error = follow(&receiver(&node), &primary).await.unwrap_err();
+    let full = matches!(
+        &error,
+        StreamError::Store {
+            source: StoreError::TooManyDatabases(3),
+            ..
+        }
+    );
+    assert!(full, "{error}");
+    assert_eq!(node.store.databases().len(), 3);
+    assert_eq!(node.store.names().len(), 3);
+}
+
+#[tokio::test]
+async fn a_large_transaction_is_sent_piece_by_piece() {
+    let node = TestNode::new();
+    node.seed("a.db", &golden("delete-65536-lz4")[..1]).await;
+    let pos = node.pos("a.db");
+    // 40 pages of 64 KiB that do not compress.
+    let mut header =
+        crate::ltx::Header::decode(golden("delete-65536-lz4")[1].first_chunk().unwrap()).unwrap();
+    (header.commit, header.compressed, header.pre_apply_checksum) = (44, false, pos.checksum);
+    let mut encoder = crate::ltx::Encoder::new(Vec::new(), header).unwrap();
+    let mut post = pos.checksum;
+    let old = golden("delete-65536-lz4");
+    let commit = crate::ltx::verify(&old[0][..]).unwrap().header.commit;
+    for pgno in commit + 1..=44 {
+        let page: Vec<u8> = (0..65_536u32)
+            .map(|i| (i.wrapping_mul(pgno + 7) >> 3) as u8)
+            .collect();
+        post ^= crate::ltx::page_checksum(pgno, &page);
+        encoder.page(pgno, &page).unwrap();
+    }
+    let file = encoder.finish(post | crate::ltx::CHECKSUM_FLAG).unwrap().0;
+    assert!(file.len() > 2 << 20);
+    node.seed("a.db", &[file.clone()]).await;
+    let (out, mut taken) = mpsc::channel(2);
+    let replica = Replica {
+        positions: PosMap::from([("a.db".to_owned(), pos)]),
+        ..empty_replica()
+    };
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let (store, stats) = (Arc::clone(&node.store), Arc::new(Stats::default()));
+    let sending = tokio::spawn(async move {
+        let stopped = async { drop(stopped.await) };
+        sender::run(
+            store,
+            stats,
+            &Replicas::default(),
+            replica,
+            Limits::new(MINUTE),
+            out,
+            stopped,
+        )
+        .await
+    });
+    let mut bytes = Vec::new();
+    let mut stop = Some(stop);
+    while let Some(piece) = timeout(MINUTE, taken.recv()).await.unwrap() {
+        assert!(piece.len() <= 66_000, "a piece of {} bytes", piece.len());
+        bytes.extend_from_slice(&piece);
+        if bytes.len() > file.len() {
+            stop = None;
+        }
+    }
+    assert!(stop.is_none());
+    sending.await.unwrap().unwrap();
+    let mut rest = &bytes[..];
+    assert!(matches!(Frame::read(&mut rest), Ok(Frame::Ltx { name, .. }) if name == "a.db"));
+    let mut found = Vec::new();
+    std::io::Read::read_to_end(&mut super::frame::ChunkReader::new(&mut rest), &mut found).unwrap();
+    assert!(found == file, "another file");
+    assert!(matches!(
+        Frame::read(&mut rest),
+        Ok(Frame::HighWaterMark { txid: 0, .. })
+    ));
 }

@@ -15,6 +15,7 @@
 pub mod access;
 pub mod disk;
 pub mod events;
+pub mod h2;
 pub mod helper;
 pub mod image;
 pub mod net;

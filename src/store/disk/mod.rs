@@ -281,6 +281,11 @@ impl Scratch {
         }
     }
 
+    /// Where they are made.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// A new one.
     pub fn file(&self) -> io::Result<File> {
         self.disk.temporary(&self.dir)

@@ -163,6 +163,9 @@ impl Bed {
                 Next::Record(r) => {
                     self.receive(name, &r.bytes).unwrap();
                 }
+                Next::Large(r) => {
+                    self.receive(name, &r.load().unwrap().bytes).unwrap();
+                }
                 Next::Snapshot => {
                     let bytes = snapshot(&from).1;
                     self.receive(name, &bytes).unwrap();
