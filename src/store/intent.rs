@@ -53,11 +53,8 @@ impl Intent {
     /// Begins one; `name` is the super-journal's.
     pub fn create(disk: &Arc<dyn Disk>, data_dir: &Path, name: &str) -> Result<Intent, StoreError> {
         let dir = data_dir.join("super");
-        if !disk.exists(&dir) {
-            disk.create_dir_all(&dir)
-                .map_err(StoreError::io("create", &dir))?;
-            sync_dir(&**disk, data_dir)?;
-        }
+        disk.create_dir_all(&dir)
+            .map_err(StoreError::io("create", &dir))?;
         let path = dir.join(name);
         let file = disk
             .open(&path, Open::Empty)
@@ -105,8 +102,10 @@ impl Intent {
             self.out.get_ref().file().sync_all()
         };
         write().map_err(StoreError::io("write", &path))?;
-        path.parent()
-            .map_or(Ok(()), |dir| sync_dir(&*self.disk, dir))?;
+        // Its name, and that of the directory, which an earlier life may have made.
+        for dir in path.ancestors().skip(1).take(2) {
+            sync_dir(&*self.disk, dir)?;
+        }
         self.committed = true;
         Ok(())
     }

@@ -66,12 +66,9 @@ pub(super) fn open(
     Ok(Some(db))
 }
 
-/// Damaged checksums are not needed where the log has everything.
+/// Damaged checksums are not needed: the log has everything, or the file is read.
 fn without_checksums<T>(db: &Database, e: StoreError) -> Result<Option<T>, StoreError> {
-    if db.log().first_txid() != 1 {
-        return Err(e);
-    }
-    tracing::warn!(db = db.name, error = %e, "page checksums are computed again from the whole log");
+    tracing::warn!(db = db.name, error = %e, "page checksums are computed again");
     // Its headers must not be taken for newer than those to come.
     let path = db.dir.join("checksums");
     db.disk()
@@ -104,7 +101,12 @@ impl Database {
         st.page_size = saved.page_size;
         st.page_count = saved.pages;
         st.sums = sums;
-        let redone = self.redo(&mut st, &file)?;
+        let start = if saved.pos.txid == 0 && self.log().first_txid() != 1 {
+            self.sum_file(&mut st, &file)?
+        } else {
+            self.redo_start(&st)?
+        };
+        let redone = self.redo(&mut st, &file, start)?;
         self.finish_recovery(&mut st, file)?;
         drop(st);
         self.remove_leftovers()?;
@@ -122,10 +124,10 @@ impl Database {
             .map_err(StoreError::io("open database", &path))
     }
 
-    /// Applies every record after the saved position to the file. True if there was any.
-    fn redo(&self, st: &mut State, file: &File) -> Result<bool, StoreError> {
+    /// Applies every record from `start` on to the file. True if there was any.
+    fn redo(&self, st: &mut State, file: &File, start: u64) -> Result<bool, StoreError> {
         let last = self.log().last_txid();
-        let mut next = self.redo_start(st)?;
+        let mut next = start;
         let redone = next <= last;
         while next <= last {
             let Some(record) = self.log().read(next)? else {
@@ -146,6 +148,26 @@ impl Database {
             next = max + 1;
         }
         Ok(redone)
+    }
+
+    /// Without checksums, and with a log that does not reach back to the beginning: the whole file
+    /// is read. It holds at least what the log does not. Pages that the log holds may be of any
+    /// moment, and are written again; then the log's end says whether the others are right. Returns
+    /// where to begin.
+    fn sum_file(&self, st: &mut State, file: &File) -> Result<u64, StoreError> {
+        let first = self.log().first_txid();
+        let record = self.log().read(first)?.ok_or_else(|| {
+            StoreError::corrupt(self.dir.join("log"), "its first record is missing")
+        })?;
+        let header = record.ltx_header()?;
+        tracing::warn!(
+            db = self.name,
+            "page checksums are missing: the whole database is read"
+        );
+        st.sums = litefs::read_sums(&**file, &self.path(FileKind::Database), header.page_size)?;
+        st.pos = header.pre_apply_pos();
+        (st.page_size, st.page_count) = (header.page_size, st.sums.len());
+        Ok(first)
     }
 
     /// Where to begin: after the saved position if the log goes on from it, else at a snapshot.

@@ -183,6 +183,8 @@ pub fn save(
         .open(path, Open::Make)
         .map_err(StoreError::io("open page checksums", path))?;
     let write = || -> std::io::Result<()> {
+        // The names of this file and of the database that it speaks of.
+        disk.sync_dir(path.parent().unwrap_or(Path::new(".")))?;
         for (block, bytes) in &changes.blocks {
             file.write_all_at(
                 bytes,

@@ -382,7 +382,20 @@ impl Database {
     ) {
         let shrunk = captured.commit < st.page_count;
         self.advance(st, captured);
-        note_newest(st, pages, captured.pos.txid, shrunk);
+        // A page that is written again as it was is not in the record: a recovery finds it in the
+        // one that changed it, and its frame of then is as good.
+        let is_changed = |pgno: &u32| {
+            captured
+                .changed
+                .binary_search_by_key(pgno, |(p, _)| *p)
+                .is_ok()
+        };
+        let changed: Vec<_> = pages
+            .iter()
+            .copied()
+            .filter(|(p, _)| is_changed(p))
+            .collect();
+        note_newest(st, &changed, captured.pos.txid, shrunk);
         st.wal.committed = end;
         self.note_captured(captured);
         self.context.flush_soon(self);

@@ -10,6 +10,7 @@ mod receive;
 mod recovery;
 mod restore;
 mod roles;
+mod sim;
 mod snapshots;
 mod sums;
 mod vfs;
