@@ -68,6 +68,10 @@ pub(super) fn open(
 
 /// Damaged checksums are not needed: the log has everything, or the file is read.
 fn without_checksums<T>(db: &Database, e: StoreError) -> Result<Option<T>, StoreError> {
+    if !matches!(e, StoreError::Corrupt { .. }) {
+        // They could not be read this time.
+        return Err(e);
+    }
     tracing::warn!(db = db.name, error = %e, "page checksums are computed again");
     // Its headers must not be taken for newer than those to come.
     let path = db.dir.join("checksums");

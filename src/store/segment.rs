@@ -195,7 +195,11 @@ impl Segment {
             .size()
             .map_err(StoreError::io("stat log segment", path))?;
         let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
-        let whole = len >= SEGMENT_HEADER_SIZE && file.read_exact_at(&mut h, 0).is_ok();
+        let whole = len >= SEGMENT_HEADER_SIZE;
+        if whole {
+            file.read_exact_at(&mut h, 0)
+                .map_err(StoreError::io("read log segment", path))?;
+        }
         if !whole
             || &h[0..8] != SEGMENT_MAGIC
             || be64(&h[56..64]) != crc_fast::checksum(Crc64GoIso, &h[..56])

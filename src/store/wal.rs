@@ -24,7 +24,7 @@ use crate::sqlite::wal::{
 
 use super::capture::{Captured, Shape, WalPlace};
 use super::context::Job;
-use super::database::{Database, DbFile, FileKind, State};
+use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
 use super::error::StoreError;
 use super::forward::Outgoing;
 
@@ -198,12 +198,12 @@ impl Database {
     fn read_wal_header(&self, st: &mut State, wal: &DbFile) -> Result<(), StoreError> {
         let mut h = [0u8; WAL_HEADER_SIZE];
         st.wal.reset();
-        if wal.file.read_exact_at(&mut h, 0).is_ok() {
-            // Half a header is none yet; the rest is still to be written.
-            st.wal.header = WalHeader::decode(&h)
-                .ok()
-                .filter(|h| h.page_size == st.page_size);
-        }
+        read_or_zeros(&*wal.file, 0, &mut h)
+            .map_err(StoreError::io("read WAL", self.path(FileKind::Wal)))?;
+        // Half a header is none yet; the rest is still to be written.
+        st.wal.header = WalHeader::decode(&h)
+            .ok()
+            .filter(|h| h.page_size == st.page_size);
         Ok(())
     }
 
