@@ -8,6 +8,7 @@ pub mod fuse;
 pub mod http;
 pub mod ltx;
 pub mod node;
+pub mod peer;
 pub mod proxy;
 pub mod role;
 pub mod sqlite;

@@ -27,8 +27,9 @@ use crate::config::{Config, LeaseKind};
 use crate::fuse::{Mount, MountError, MountOptions, Observers, PrimaryName};
 use crate::http::api::Api;
 use crate::http::server::{Server, ServerError};
+use crate::peer::{HttpPeers, PeerError, Peers};
 use crate::proxy::{self, Proxy};
-use crate::role::{self, HaltClient, Parts, Promoter, RoleConfig, RoleError, Status};
+use crate::role::{self, HaltClient, Parts, Promoter, RoleConfig, Status};
 use crate::store::{HALT_TTL, Options as StoreOptions, Store, StoreError};
 use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
@@ -62,9 +63,9 @@ pub enum NodeError {
     /// The mount.
     #[error(transparent)]
     Mount(#[from] MountError),
-    /// The role.
-    #[error(transparent)]
-    Role(#[from] RoleError),
+    /// The client that reaches other nodes.
+    #[error("cannot set up the client for other nodes: {0}")]
+    Peers(PeerError),
     /// The mount was taken away while the node ran.
     #[error("{} was unmounted by somebody else", .0.display())]
     Unmounted(PathBuf),
@@ -118,11 +119,8 @@ pub async fn run(config: Config, options: Options) -> Result<u8, NodeError> {
                 ended = Some(NodeError::Unmounted(config.fuse.dir.clone()));
                 libc::SIGTERM
             }
-            r = &mut role, if ended.is_none() => {
-                ended = Some(match r {
-                    Ok(Err(e)) => NodeError::Role(e),
-                    _ => NodeError::Ended("the role loop"),
-                });
+            _ = &mut role, if ended.is_none() => {
+                ended = Some(NodeError::Ended("the role loop"));
                 libc::SIGTERM
             }
         };
@@ -171,7 +169,7 @@ struct Node {
     mount: Mount,
     addr: std::net::SocketAddr,
     shutdown: watch::Sender<bool>,
-    role: JoinHandle<Result<(), RoleError>>,
+    role: JoinHandle<()>,
     http: JoinHandle<()>,
     proxy: Option<proxy::Running>,
     retention: JoinHandle<()>,
@@ -183,6 +181,7 @@ struct Node {
 impl Node {
     async fn start(config: &Config, options: Options) -> Result<Node, NodeError> {
         let leaser = backend::leaser(config)?;
+        let peers: Arc<dyn Peers> = Arc::new(HttpPeers::new().map_err(NodeError::Peers)?);
         let server = Server::bind(&config.http.addr).await?;
         let addr = server.local_addr();
         let proxy = Proxy::bind(&config.proxy).await?;
@@ -211,12 +210,7 @@ impl Node {
         let mount = blocking(move || Mount::start(&mounting, &mount_options)).await??;
         let (shutdown, stop) = watch::channel(false);
         let (commands, queue) = role::commands(status.clone());
-        let halt = HaltClient::new(&store, status.clone()).map_err(|e| {
-            NodeError::System(
-                "cannot set up the client of halt locks",
-                std::io::Error::other(e),
-            )
-        })?;
+        let halt = HaltClient::new(&store, peers.clone(), status.clone());
         store.set_primary(Some(Arc::new(halt)));
         let replicas = Arc::new(Replicas::default());
         let candidate = config.lease.candidate;
@@ -225,7 +219,7 @@ impl Node {
             stats: stats.clone(),
             replicas: replicas.clone(),
             commands,
-            promoter: Promoter::new(candidate, store.node_id(), status.clone()),
+            promoter: Promoter::new(candidate, store.node_id(), peers.clone(), status.clone()),
             status: status.clone(),
             candidate,
             fenced: config.lease.kind != LeaseKind::Static,
@@ -239,6 +233,7 @@ impl Node {
             store: store.clone(),
             stats,
             replicas,
+            peers,
             leaser,
             status: status_tx,
             commands: queue,

@@ -15,7 +15,7 @@ use crate::role::{HaltClient, Status};
 use crate::store::disk::{Disk, Real, Scratch};
 use crate::store::{Decided, Outgoing, Primary, Verdict};
 
-use super::harness::{TestNode, eventually, golden};
+use super::harness::{TestNode, eventually, golden, peers};
 
 const ME: &str = "00000000000000AB";
 const OTHER: &str = "00000000000000CD";
@@ -240,7 +240,7 @@ async fn a_client_tries_again_with_the_same_lock_when_an_answer_is_lost() {
         }),
         ready: true,
     });
-    let client = HaltClient::new(&replica.store, replica.status.subscribe()).unwrap();
+    let client = HaltClient::new(&replica.store, peers(), replica.status.subscribe());
     let client = Arc::new(client);
     let dir = tempfile::tempdir().unwrap();
     let disk: Arc<dyn Disk> = Arc::new(Real);

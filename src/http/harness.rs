@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep};
 
 use crate::ltx::Pos;
+use crate::peer::{HttpPeers, Peers};
 use crate::role::{self, CommandQueue, Commands, Promoter, RoleConfig, Status};
 use crate::store::{Options, Role, Store};
 use crate::stream::replicas::Replicas;
@@ -32,6 +33,11 @@ pub(crate) fn golden(case: &str) -> Vec<Vec<u8>> {
         .collect();
     paths.sort();
     paths.iter().map(|path| fs::read(path).unwrap()).collect()
+}
+
+/// The way to other nodes, over real sockets.
+pub(crate) fn peers() -> Arc<dyn Peers> {
+    Arc::new(HttpPeers::new().unwrap())
 }
 
 /// Waits up to ten seconds for `what`.
@@ -116,7 +122,7 @@ impl TestNode {
             stats: Arc::clone(&self.stats),
             replicas: Arc::clone(&self.replicas),
             commands: self.commands.clone(),
-            promoter: Promoter::new(true, self.store.node_id(), self.status.subscribe()),
+            promoter: Promoter::new(true, self.store.node_id(), peers(), self.status.subscribe()),
             status: self.status.subscribe(),
             candidate: true,
             fenced: self.store.epoch() > 0,
@@ -147,12 +153,13 @@ impl TestNode {
             store: Arc::clone(&self.store),
             stats: Arc::clone(&self.stats),
             replicas: Arc::clone(&self.replicas),
+            peers: peers(),
             leaser,
             status: self.status.clone(),
             commands: queue,
         };
         let run = role::run(parts, config, self.shutdown.subscribe());
-        self.tasks.push(tokio::spawn(async { run.await.unwrap() }));
+        self.tasks.push(tokio::spawn(run));
     }
 
     /// Stores `files` one after another as transactions of a database.

@@ -10,9 +10,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures_util::stream;
+use http::{Method, Request, Response, StatusCode};
 use parking_lot::Mutex;
-use reqwest::{Client, StatusCode, Url};
 use serde::Deserialize;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -21,6 +22,7 @@ use tokio::time::{sleep, timeout_at};
 use tracing::debug;
 
 use crate::ltx::Pos;
+use crate::peer::{self, Body, PeerError, Peers, refusal};
 use crate::store::{Cancelled, Decided, HALT_TTL, Outgoing, Primary, Store, Verdict};
 use crate::stream::{EPOCH_HEADER, NODE_ID_HEADER, format_node_id};
 
@@ -42,8 +44,8 @@ const RETRY: Duration = Duration::from_millis(100);
 const RETURNS: usize = 3;
 /// Bytes of a transaction that are read at a time.
 const PIECE: usize = 64 << 10;
-/// The most characters of a refusal's text that are told on.
-const MAX_REFUSAL: usize = 512;
+/// The most bytes of an answer that are read.
+const MAX_ANSWER: usize = 4096;
 
 /// See the module.
 pub struct HaltClient {
@@ -57,13 +59,14 @@ pub struct HaltClient {
 struct Link {
     store: Weak<Store>,
     node: String,
-    client: Client,
+    peers: Arc<dyn Peers>,
     status: watch::Receiver<Status>,
 }
 
 /// A lock, and whoever keeps it.
 struct Held {
-    primary: Url,
+    /// Its address, as the lease names it.
+    primary: String,
     keeper: AbortHandle,
 }
 
@@ -82,73 +85,93 @@ struct TakenPos {
 
 impl HaltClient {
     /// For this store's node, whose role loop says `status`. To be called within a runtime.
-    ///
-    /// # Errors
-    /// What the HTTP client says.
     pub fn new(
         store: &Arc<Store>,
+        peers: Arc<dyn Peers>,
         status: watch::Receiver<Status>,
-    ) -> Result<HaltClient, reqwest::Error> {
-        let client = Client::builder()
-            .connect_timeout(CONNECT_WAIT)
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .build()?;
-        Ok(HaltClient {
+    ) -> HaltClient {
+        HaltClient {
             runtime: Handle::current(),
             link: Link {
                 store: Arc::downgrade(store),
                 node: format_node_id(store.node_id()),
-                client,
+                peers,
                 status,
             },
             held: Mutex::default(),
-        })
+        }
     }
 
-    fn primary(&self, db: &str, id: i64) -> Option<Url> {
+    fn primary(&self, db: &str, id: i64) -> Option<String> {
         let held = self.held.lock();
         held.get(&(db.to_owned(), id)).map(|h| h.primary.clone())
     }
 }
 
-fn halt_url(primary: &Url, db: &str, id: i64) -> Url {
-    let mut url = primary.clone();
-    url.set_path("/halt");
-    url.query_pairs_mut()
-        .append_pair("name", db)
-        .append_pair("id", &id.to_string());
-    url
+/// A request about a halt lock.
+struct Ask<'a> {
+    method: Method,
+    primary: &'a str,
+    path: &'a str,
+    query: &'a [(&'a str, &'a str)],
+    limit: Duration,
 }
 
 impl Link {
+    async fn ask(&self, ask: Ask<'_>, body: Body) -> Result<Response<Bytes>, PeerError> {
+        let mut url = peer::url(ask.primary, ask.path).map_err(PeerError::broken)?;
+        url.query_pairs_mut().extend_pairs(ask.query);
+        let request = Request::builder()
+            .method(ask.method)
+            .uri(url.as_str())
+            .header(NODE_ID_HEADER, &self.node)
+            .body(body)
+            .map_err(|e| PeerError::broken(e.to_string()))?;
+        peer::ask(&*self.peers, request, ask.limit, MAX_ANSWER).await
+    }
+
+    async fn ask_halt(
+        &self,
+        method: Method,
+        primary: &str,
+        query: &[(&str, &str)],
+        limit: Duration,
+    ) -> Result<Response<Bytes>, PeerError> {
+        let ask = Ask {
+            method,
+            primary,
+            path: "/halt",
+            query,
+            limit,
+        };
+        self.ask(ask, peer::empty()).await
+    }
+
     /// Asks for the lock until it is given or refused; whether it can be kept for longer.
     async fn take(
         &self,
-        primary: &Url,
+        primary: &str,
         db: &str,
         id: i64,
         until: Instant,
     ) -> Result<(Pos, bool), String> {
+        let id = id.to_string();
+        let query = [("name", db), ("id", &*id)];
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let request = self
-                .client
-                .post(halt_url(primary, db, id))
-                .header(NODE_ID_HEADER, &self.node)
-                .timeout(left);
-            let failed = match request.send().await {
+            let failed = match self.ask_halt(Method::POST, primary, &query, left).await {
                 Ok(answer) if answer.status().is_success() => {
                     let renewable = answer.headers().contains_key(EPOCH_HEADER);
-                    let taken = answer.json::<Taken>().await.map_err(|e| e.to_string())?;
+                    let taken: Taken =
+                        serde_json::from_slice(answer.body()).map_err(|e| e.to_string())?;
                     let pos = format!("{}/{}", taken.pos.txid, taken.pos.checksum);
                     return Ok((
                         pos.parse().map_err(|_| format!("{pos:?} is no position"))?,
                         renewable,
                     ));
                 }
-                Ok(answer) => return Err(refusal(answer).await),
-                Err(e) => e.to_string(),
+                Ok(answer) => return Err(refusal(&answer)),
+                Err(e) => format!("{primary}: {e}"),
             };
             if Instant::now() + RETRY >= until {
                 return Err(failed);
@@ -158,10 +181,10 @@ impl Link {
     }
 
     /// Keeps the lock until it is lost.
-    async fn keep(self, primary: Url, db: String, id: i64, mut since: Instant, renewable: bool) {
+    async fn keep(self, primary: String, db: String, id: i64, mut since: Instant, renewable: bool) {
         let mut status = self.status.clone();
-        let mut url = halt_url(&primary, &db, id);
-        url.query_pairs_mut().append_pair("renew", "1");
+        let number = id.to_string();
+        let query = [("name", &*db), ("id", &*number), ("renew", "1")];
         let why = loop {
             let lost = since + HALT_TTL;
             let next = if renewable {
@@ -170,8 +193,8 @@ impl Link {
                 lost
             };
             let moved = status.wait_for(|s| {
-                let names = s.primary.as_ref().map(|p| base(&p.advertise_url));
-                names.is_some_and(|named| named.as_ref() != Ok(&primary))
+                let named = s.primary.as_ref();
+                named.is_some_and(|named| named.advertise_url != primary)
             });
             if timeout_at(next.into(), moved).await.is_ok() {
                 break "another node is primary".to_owned();
@@ -180,14 +203,9 @@ impl Link {
                 break "it was not heard of the primary".to_owned();
             }
             let asked = Instant::now();
-            let request = self
-                .client
-                .post(url.clone())
-                .header(NODE_ID_HEADER, &self.node)
-                .timeout(REQUEST);
-            match request.send().await {
+            match self.ask_halt(Method::POST, &primary, &query, REQUEST).await {
                 Ok(answer) if answer.status().is_success() => since = asked,
-                Ok(answer) if answer.status().is_client_error() => break refusal(answer).await,
+                Ok(answer) if answer.status().is_client_error() => break refusal(&answer),
                 Ok(answer) => {
                     debug!(db, status = %answer.status(), "the halt lock was not renewed")
                 }
@@ -204,14 +222,12 @@ impl Link {
         drop(tokio::task::spawn_blocking(lose));
     }
 
-    async fn give_back(self, primary: Url, db: String, id: i64) {
+    async fn give_back(self, primary: String, db: String, id: i64) {
+        let id = id.to_string();
+        let query = [("name", &*db), ("id", &*id)];
         for _ in 0..RETURNS {
-            let request = self
-                .client
-                .delete(halt_url(&primary, &db, id))
-                .header(NODE_ID_HEADER, &self.node)
-                .timeout(REQUEST);
-            match request.send().await {
+            let asked = self.ask_halt(Method::DELETE, &primary, &query, REQUEST);
+            match asked.await {
                 Ok(_) => return,
                 Err(error) => debug!(db, %error, "the halt lock was not returned"),
             }
@@ -220,30 +236,27 @@ impl Link {
     }
 
     /// Sends a transaction until the primary has answered.
-    async fn commit(&self, primary: Url, db: &str, id: i64, ltx: &Arc<Outgoing>) -> Verdict {
+    async fn commit(&self, primary: &str, db: &str, id: i64, ltx: &Arc<Outgoing>) -> Verdict {
         let began = Instant::now();
         let bytes = Duration::from_secs(ltx.size() / BYTES_A_SECOND);
         let until = began + COMMIT_WAIT + bytes;
-        let mut url = primary;
-        url.set_path("/tx");
-        url.query_pairs_mut()
-            .append_pair("name", db)
-            .append_pair("lockID", &id.to_string());
+        let id = id.to_string();
         // Whether the primary may have got it.
         let mut uncertain = false;
         loop {
             let left = until.saturating_duration_since(Instant::now());
-            let request = self
-                .client
-                .post(url.clone())
-                .header(NODE_ID_HEADER, &self.node)
-                .timeout(left.min(REQUEST + bytes))
-                .body(reqwest::Body::wrap_stream(pieces(ltx.clone())));
-            let why = match request.send().await {
+            let ask = Ask {
+                method: Method::POST,
+                primary,
+                path: "/tx",
+                query: &[("name", db), ("lockID", &*id)],
+                limit: left.min(REQUEST + bytes),
+            };
+            let why = match self.ask(ask, peer::pieces(pieces(ltx.clone()))).await {
                 Ok(answer) if answer.status().is_success() => return Verdict::Accepted,
                 Ok(answer) => {
                     let status = answer.status();
-                    let why = refusal(answer).await;
+                    let why = refusal(&answer);
                     match status {
                         StatusCode::LOCKED | StatusCode::BAD_REQUEST if !uncertain => {
                             return Verdict::Refused(why);
@@ -259,14 +272,14 @@ impl Link {
                         _ => why,
                     }
                 }
-                Err(e) if e.is_connect() && !uncertain => {
+                Err(e) if e.unconnected && !uncertain => {
                     if began.elapsed() > CONNECT_WAIT {
-                        return Verdict::Refused(e.to_string());
+                        return Verdict::Refused(format!("{primary}: {e}"));
                     }
                     sleep(RETRY).await;
                     continue;
                 }
-                Err(e) => e.to_string(),
+                Err(e) => format!("{primary}: {e}"),
             };
             uncertain = true;
             if Instant::now() + RETRY >= until {
@@ -280,35 +293,19 @@ impl Link {
 /// The bytes of a transaction. They are in memory, or were written a moment ago.
 fn pieces(
     ltx: Arc<Outgoing>,
-) -> impl futures_util::Stream<Item = std::io::Result<Vec<u8>>> + Send + 'static {
+) -> impl futures_util::Stream<Item = std::io::Result<Bytes>> + Send + Sync + 'static {
     stream::try_unfold((ltx, 0), |(ltx, at)| async move {
         let mut piece = vec![0; PIECE];
         let n = ltx.read_at(at, &mut piece)?;
         piece.truncate(n);
-        Ok((n > 0).then_some((piece, (ltx, at + n as u64))))
+        Ok((n > 0).then_some((piece.into(), (ltx, at + n as u64))))
     })
-}
-
-/// The address of a node's API, from how the lease names it.
-fn base(advertised: &str) -> Result<Url, String> {
-    let mut url = Url::parse(advertised).map_err(|e| format!("{advertised:?}: {e}"))?;
-    url.set_path("");
-    url.set_query(None);
-    Ok(url)
-}
-
-async fn refusal(answer: reqwest::Response) -> String {
-    let status = answer.status();
-    let text = answer.text().await.unwrap_or_default();
-    let told: String = text.trim().chars().take(MAX_REFUSAL).collect();
-    format!("{status}: {told}")
 }
 
 impl Primary for HaltClient {
     fn take(&self, db: &str, id: i64, until: Instant, cancelled: Cancelled) -> Result<Pos, String> {
         let primary = self.link.status.borrow().primary.clone();
-        let primary = primary.ok_or("there is no primary")?;
-        let primary = base(&primary.advertise_url)?;
+        let primary = primary.ok_or("there is no primary")?.advertise_url;
         let asked = Instant::now();
         let given_up = async {
             while !cancelled() {
@@ -354,7 +351,7 @@ impl Primary for HaltClient {
         };
         let (link, db) = (self.link.clone(), db.to_owned());
         self.runtime.spawn(async move {
-            let verdict = link.commit(primary, &db, id, &ltx).await;
+            let verdict = link.commit(&primary, &db, id, &ltx).await;
             // What follows from it waits for disks.
             drop(tokio::task::spawn_blocking(move || decided.call(verdict)));
         });

@@ -30,12 +30,13 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use reqwest::StatusCode;
+use http::StatusCode;
 use tenure_lease::{LeaseError, Leaser, PrimaryInfo};
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
+use crate::peer::Peers;
 use crate::store::{Role, Store, StoreError};
 use crate::stream::receiver::{Ended, Progress, Receiver, StreamError};
 use crate::stream::replicas::Replicas;
@@ -98,14 +99,6 @@ pub struct RoleConfig {
     pub databases: Vec<String>,
 }
 
-/// Why the loop could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum RoleError {
-    /// The client that follows primaries could not be built.
-    #[error("cannot set up the replication client: {0}")]
-    Client(#[from] StreamError),
-}
-
 /// What the loop works with.
 pub struct Parts {
     /// The node's databases.
@@ -114,6 +107,8 @@ pub struct Parts {
     pub stats: Arc<Stats>,
     /// The replicas that are connected.
     pub replicas: Arc<Replicas>,
+    /// The other nodes.
+    pub peers: Arc<dyn Peers>,
     /// The lease service.
     pub leaser: Arc<dyn Leaser>,
     /// Where the loop says what the node is.
@@ -123,19 +118,21 @@ pub struct Parts {
 }
 
 /// Runs the loop until `shutdown` becomes true, then gives up the role and the lease.
-pub async fn run(
-    parts: Parts,
-    config: RoleConfig,
-    shutdown: watch::Receiver<bool>,
-) -> Result<(), RoleError> {
+pub async fn run(parts: Parts, config: RoleConfig, shutdown: watch::Receiver<bool>) {
     let databases: BTreeSet<String> = config.databases.iter().cloned().collect();
-    let receiver = Receiver::new(parts.store.clone(), parts.stats.clone(), databases)?;
+    let receiver = Receiver::new(
+        parts.store.clone(),
+        parts.stats.clone(),
+        parts.peers.clone(),
+        databases,
+    );
     let outage = Outage::new(config.reconnect_delay, MAX_RECONNECT_DELAY);
     let election = Election::new(parts.store.clone(), parts.leaser.clone(), config.candidate);
     let mut node = Node {
         store: parts.store,
         stats: parts.stats,
         replicas: parts.replicas,
+        peers: parts.peers,
         leaser: parts.leaser,
         config,
         receiver,
@@ -162,7 +159,6 @@ pub async fn run(
     if let Err(error) = bounded(node.leaser.close()).await {
         debug!(%error, "closing the lease client failed");
     }
-    Ok(())
 }
 
 /// Why a round came to nothing.
@@ -198,6 +194,7 @@ struct Node {
     store: Arc<Store>,
     stats: Arc<Stats>,
     replicas: Arc<Replicas>,
+    peers: Arc<dyn Peers>,
     leaser: Arc<dyn Leaser>,
     config: RoleConfig,
     receiver: Receiver,
@@ -472,7 +469,8 @@ impl Node {
                     // Once: whoever takes the lease back later means it.
                     self.config.promote = false;
                     let node_id = self.store.node_id();
-                    let promoter = Promoter::new(true, node_id, self.status.subscribe());
+                    let peers = Arc::clone(&self.peers);
+                    let promoter = Promoter::new(true, node_id, peers, self.status.subscribe());
                     tokio::spawn(async move {
                         if let Err(error) = promoter.promote().await {
                             warn!(%error, "lease.promote: this node does not become primary");

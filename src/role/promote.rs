@@ -1,12 +1,14 @@
 //! Asking the primary for its lease.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::{Client, Url};
+use http::Request;
 use tenure_lease::PrimaryInfo;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
+use crate::peer::{self, Peers};
 use crate::stream::{NODE_ID_HEADER, format_node_id};
 
 use super::Status;
@@ -20,8 +22,8 @@ const OFFICE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a primary is waited for, when there is none.
 const PRIMARY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The most characters of a refusal's text that are told on.
-const MAX_REFUSAL: usize = 512;
+/// The most bytes of a refusal that are read.
+const MAX_REFUSAL: usize = 1024;
 
 /// Why this node has not become primary.
 #[derive(Debug, thiserror::Error)]
@@ -46,19 +48,26 @@ pub enum PromoteError {
 }
 
 /// Has this node made primary.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Promoter {
     candidate: bool,
     node_id: u64,
+    peers: Arc<dyn Peers>,
     status: watch::Receiver<Status>,
 }
 
 impl Promoter {
     /// For the node of this ID, whose role loop says `status`.
-    pub fn new(candidate: bool, node_id: u64, status: watch::Receiver<Status>) -> Promoter {
+    pub fn new(
+        candidate: bool,
+        node_id: u64,
+        peers: Arc<dyn Peers>,
+        status: watch::Receiver<Status>,
+    ) -> Promoter {
         Promoter {
             candidate,
             node_id,
+            peers,
             status,
         }
     }
@@ -104,24 +113,20 @@ impl Promoter {
     }
 
     async fn ask(&self, primary: &str) -> Result<(), String> {
-        let mut url = Url::parse(primary).map_err(|e| format!("{primary:?}: {e}"))?;
-        url.set_path("/handoff");
+        let bad = |reason: String| format!("{primary:?}: {reason}");
+        let mut url = peer::url(primary, "/handoff").map_err(bad)?;
         let id = format_node_id(self.node_id);
         url.query_pairs_mut().append_pair("nodeID", &id);
-        let client = Client::builder()
-            .timeout(HANDOFF_TIMEOUT)
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .build()
-            .map_err(|e| e.to_string())?;
-        let request = client.post(url).header(NODE_ID_HEADER, id);
-        let answer = request.send().await.map_err(|e| e.to_string())?;
-        let status = answer.status();
-        if status.is_success() {
-            return Ok(());
+        let request = Request::post(url.as_str())
+            .header(NODE_ID_HEADER, id)
+            .body(peer::empty())
+            .map_err(|e| bad(e.to_string()))?;
+        let answer = peer::ask(&*self.peers, request, HANDOFF_TIMEOUT, MAX_REFUSAL)
+            .await
+            .map_err(|e| e.reason)?;
+        match answer.status().is_success() {
+            true => Ok(()),
+            false => Err(peer::refusal(&answer)),
         }
-        let text = answer.text().await.unwrap_or_default();
-        let told: String = text.trim().chars().take(MAX_REFUSAL).collect();
-        Err(format!("{status}: {told}"))
     }
 }

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tenure_lease::Lease;
 use tokio::time::Instant;
 
-use crate::http::harness::{TestNode, eventually, golden};
+use crate::http::harness::{TestNode, eventually, golden, peers};
 use crate::stream::CLUSTER_ID_HEADER;
 
 use super::*;
@@ -144,7 +144,12 @@ async fn different_clusters_never_replicate() {
     assert_eq!(rep.store.cluster_id().unwrap(), "LFSC00000000000000FF");
 
     // Nor does a primary that says so only in its answer.
-    let receiver = Receiver::new(Arc::clone(&rep.store), Arc::default(), BTreeSet::new()).unwrap();
+    let receiver = Receiver::new(
+        Arc::clone(&rep.store),
+        Arc::default(),
+        peers(),
+        BTreeSet::new(),
+    );
     let other = TestNode::primary().await;
     let answer = reqwest::get(format!("{}/info", other.url)).await.unwrap();
     assert_eq!(answer.headers()[CLUSTER_ID_HEADER], "LFSC0123456789ABCDEF");

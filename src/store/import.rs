@@ -100,7 +100,7 @@ impl Store {
         let result = if incoming.header.commit == 0 {
             db.replace_by_nothing(incoming, here)
         } else {
-            db.replace(&mut Replacement::Snapshot(Some(incoming), here))
+            db.replace(&mut Replacement::Snapshot(Some(Box::new(incoming)), here))
         };
         self.forget_if_nothing(&db);
         result
@@ -115,7 +115,7 @@ enum Replacement<'a> {
     /// A file, as one more transaction.
     File(&'a Candidate),
     /// A snapshot, if the database is still at this position. It is taken out once.
-    Snapshot(Option<Incoming>, Pos),
+    Snapshot(Option<Box<Incoming>>, Pos),
 }
 
 impl Replacement<'_> {
@@ -133,7 +133,7 @@ impl Replacement<'_> {
             Replacement::Snapshot(incoming, here) => {
                 let have = db.lock().pos;
                 match incoming.take() {
-                    Some(incoming) if have == *here => Ok(incoming),
+                    Some(incoming) if have == *here => Ok(*incoming),
                     _ => Err(StoreError::PositionMismatch {
                         db: db.name.clone(),
                         have,
@@ -525,7 +525,8 @@ impl Database {
     ) -> Result<Pos, StoreError> {
         let pos = incoming.pos();
         let _importing = Importing::begin(self)?;
-        let incoming = Replacement::Snapshot(Some(incoming), here).incoming(self, false)?;
+        let incoming =
+            Replacement::Snapshot(Some(Box::new(incoming)), here).incoming(self, false)?;
         self.apply(incoming)?;
         Ok(pos)
     }

@@ -16,7 +16,7 @@
 //! Cluster IDs: a replica without one takes the primary's, before the first frame; two different ones
 //! never replicate. A node that reaches itself under the primary's address ends the stream.
 //!
-//! Deadlines: [`CONNECT_TIMEOUT`], [`ANSWER_TIMEOUT`], and [`IDLE_TIMEOUT`] without a byte while one
+//! Deadlines: those of connecting, [`ANSWER_TIMEOUT`], and [`IDLE_TIMEOUT`] without a byte while one
 //! could be taken (a primary sends a heartbeat every second). A stream that ends without an `end` or
 //! `handoff` frame is an error.
 
@@ -26,8 +26,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use http::{Request, Response, StatusCode, Uri, Version};
 use parking_lot::Mutex;
-use reqwest::{Client, Response, StatusCode, Url};
 use tenure_lease::PrimaryInfo;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -35,6 +35,7 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::ltx::{HEADER_SIZE, Header, Pos};
+use crate::peer::{self, Incoming, PeerError, Peers};
 use crate::store::{Common, Store, StoreError, check_database};
 
 use super::common;
@@ -43,9 +44,6 @@ use super::posmap::{self, PosMap};
 use super::sender::now_ms;
 use super::stats::Stats;
 use super::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, format_node_id};
-
-/// How long connecting may take.
-pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// How long the primary may take for the head of its answer.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -175,7 +173,7 @@ pub enum StreamError {
 pub struct Receiver {
     store: Arc<Store>,
     stats: Arc<Stats>,
-    client: Client,
+    peers: Arc<dyn Peers>,
     /// The databases to replicate; all if empty.
     databases: BTreeSet<String>,
     memory: Arc<Mutex<Memory>>,
@@ -195,28 +193,16 @@ impl Receiver {
     pub fn new(
         store: Arc<Store>,
         stats: Arc<Stats>,
+        peers: Arc<dyn Peers>,
         databases: BTreeSet<String>,
-    ) -> Result<Self, StreamError> {
-        let client = Client::builder()
-            .http2_prior_knowledge()
-            .http2_initial_stream_window_size(1 << 20)
-            .http2_initial_connection_window_size(2 << 20)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .redirect(reqwest::redirect::Policy::none())
-            .pool_max_idle_per_host(0)
-            .no_proxy()
-            .build()
-            .map_err(|e| StreamError::Connect {
-                url: "the network".into(),
-                reason: reason(e),
-            })?;
-        Ok(Receiver {
+    ) -> Self {
+        Receiver {
             store,
             stats,
-            client,
+            peers,
             databases,
             memory: Arc::default(),
-        })
+        }
     }
 
     /// Follows `primary` until the stream ends or `cancel` becomes true (or its sender is gone).
@@ -254,8 +240,8 @@ impl Receiver {
             memory: Arc::clone(&self.memory),
             progress,
             origin: Origin {
-                client: self.client.clone(),
-                url,
+                peers: Arc::clone(&self.peers),
+                primary: primary.advertise_url.clone(),
                 epoch,
             },
             ready: false,
@@ -280,35 +266,31 @@ impl Receiver {
         }
     }
 
-    fn url(&self, advertised: &str) -> Result<Url, StreamError> {
+    fn url(&self, advertised: &str) -> Result<Uri, StreamError> {
         let bad = |reason: String| StreamError::Url {
             url: advertised.to_owned(),
             reason,
         };
-        let mut url = Url::parse(advertised).map_err(|e| bad(e.to_string()))?;
-        if url.scheme() != "http" {
-            return Err(bad(format!("{} is not supported", url.scheme())));
-        }
-        url.set_path("/stream");
+        let mut url = peer::url(advertised, "/stream").map_err(bad)?;
         if !self.databases.is_empty() {
             let names: Vec<&str> = self.databases.iter().map(String::as_str).collect();
             url.query_pairs_mut()
                 .append_pair("filter", &names.join(","));
         }
-        Ok(url)
+        url.as_str()
+            .parse()
+            .map_err(|e: http::uri::InvalidUri| bad(e.to_string()))
     }
 
     /// Posts the positions, and checks who answers.
-    async fn connect(&self, url: &Url) -> Result<Response, StreamError> {
+    async fn connect(&self, url: &Uri) -> Result<Response<Incoming>, StreamError> {
         let reader = self.clone();
         let positions = tokio::task::spawn_blocking(move || reader.positions())
             .await
             .map_err(|_| StreamError::Panic)?;
-        let mut request = self
-            .client
-            .post(url.clone())
-            .header(NODE_ID_HEADER, format_node_id(self.store.node_id()))
-            .body(posmap::encode(&positions));
+        let mut request = Request::post(url.clone())
+            .version(Version::HTTP_2)
+            .header(NODE_ID_HEADER, format_node_id(self.store.node_id()));
         if let Some(id) = self.store.cluster_id() {
             request = request.header(CLUSTER_ID_HEADER, id);
         }
@@ -316,10 +298,13 @@ impl Receiver {
             url: url.to_string(),
             reason,
         };
-        let response = timeout(ANSWER_TIMEOUT, request.send())
+        let request = request
+            .body(peer::whole(posmap::encode(&positions)))
+            .map_err(|e| failed(e.to_string()))?;
+        let response = timeout(ANSWER_TIMEOUT, self.peers.send(request))
             .await
             .map_err(|_| failed(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())))?
-            .map_err(|e| failed(reason(e)))?;
+            .map_err(|e| failed(e.reason))?;
         if header(&response, NODE_ID_HEADER) == Some(&format_node_id(self.store.node_id())) {
             return Err(StreamError::Own(url.to_string()));
         }
@@ -337,7 +322,7 @@ impl Receiver {
     }
 
     /// Takes the primary's cluster ID if this node has none, and compares it otherwise.
-    async fn join_cluster(&self, url: &Url, theirs: String) -> Result<(), StreamError> {
+    async fn join_cluster(&self, url: &Uri, theirs: String) -> Result<(), StreamError> {
         match self.store.cluster_id() {
             Some(ours) if ours == theirs => Ok(()),
             Some(ours) => Err(StreamError::OtherCluster {
@@ -380,18 +365,19 @@ enum Pumped {
 
 /// Feeds the body to the applier, until either ends.
 async fn pump(
-    mut response: Response,
+    response: Response<Incoming>,
     feed: mpsc::Sender<Bytes>,
     cancel: &mut watch::Receiver<bool>,
 ) -> Result<Pumped, StreamError> {
+    let mut body = response.into_body();
     loop {
         let bytes = tokio::select! {
             biased;
             _ = cancel.wait_for(|cancel| *cancel) => return Ok(Pumped::Cancelled),
             () = feed.closed() => return Ok(Pumped::All),
-            read = timeout(IDLE_TIMEOUT, response.chunk()) => match read {
+            read = timeout(IDLE_TIMEOUT, body.chunk()) => match read {
                 Err(_) => return Err(StreamError::Idle),
-                Ok(Err(e)) => return Err(StreamError::Broken(reason(e))),
+                Ok(Err(e)) => return Err(StreamError::Broken(e.reason)),
                 Ok(Ok(None)) => return Ok(Pumped::All),
                 Ok(Ok(Some(bytes))) => bytes,
             },
@@ -419,9 +405,9 @@ struct Applier {
 
 /// Who sends.
 struct Origin {
-    client: Client,
-    /// The URL of the stream.
-    url: Url,
+    peers: Arc<dyn Peers>,
+    /// Its address, as the lease names it.
+    primary: String,
     /// The primary's number, if it says one.
     epoch: Option<u64>,
 }
@@ -432,16 +418,7 @@ impl Origin {
         if self.epoch.is_none() {
             return Common::Unknown;
         }
-        let mut url = self.url.clone();
-        url.set_path("/common");
-        url.set_query(None);
-        url.query_pairs_mut().append_pair("name", name);
-        let request = self.client.post(url).body(common::encode(history));
-        let asked = async {
-            let answer = request.timeout(ANSWER_TIMEOUT).send().await?;
-            answer.error_for_status()?.bytes().await
-        };
-        match Handle::current().block_on(asked) {
+        match Handle::current().block_on(self.ask(name, history)) {
             Ok(bytes) => match common::decode(&bytes).as_deref() {
                 Some([pos]) => Common::At(*pos),
                 Some([]) => Common::Nothing,
@@ -451,6 +428,20 @@ impl Origin {
                 warn!(db = name, %error, "cannot ask the primary where its history parts from this node's");
                 Common::Unknown
             }
+        }
+    }
+
+    async fn ask(&self, name: &str, history: &[Pos]) -> Result<Bytes, PeerError> {
+        let mut url = peer::url(&self.primary, "/common").map_err(PeerError::broken)?;
+        url.query_pairs_mut().append_pair("name", name);
+        let request = Request::post(url.as_str())
+            .version(Version::HTTP_2)
+            .body(peer::whole(common::encode(history)))
+            .map_err(|e| PeerError::broken(e.to_string()))?;
+        let answer = peer::ask(&*self.peers, request, ANSWER_TIMEOUT, MAX_REFUSAL).await?;
+        match answer.status().is_success() {
+            true => Ok(answer.into_body()),
+            false => Err(PeerError::broken(peer::refusal(&answer))),
         }
     }
 }
@@ -607,39 +598,18 @@ impl Read for ChannelReader {
     }
 }
 
-fn header<'r>(response: &'r Response, name: &str) -> Option<&'r str> {
+fn header<'r>(response: &'r Response<Incoming>, name: &str) -> Option<&'r str> {
     response.headers().get(name)?.to_str().ok()
 }
 
 /// The first line of an answer that is an error.
-async fn refusal(mut response: Response) -> String {
-    let mut text = Vec::new();
-    let read = async {
-        while text.len() < MAX_REFUSAL {
-            match response.chunk().await {
-                Ok(Some(bytes)) => text.extend_from_slice(&bytes),
-                Ok(None) | Err(_) => break,
-            }
-        }
-    };
-    let _ = timeout(IDLE_TIMEOUT, read).await;
-    text.truncate(MAX_REFUSAL);
+async fn refusal(response: Response<Incoming>) -> String {
+    let mut body = response.into_body();
+    let read = timeout(IDLE_TIMEOUT, body.bytes(MAX_REFUSAL)).await;
+    let text = read.map_or_else(|_| Bytes::new(), Result::unwrap_or_default);
     String::from_utf8_lossy(&text)
         .lines()
         .next()
         .unwrap_or_default()
         .to_owned()
-}
-
-/// An error of the client with all its causes, which say what really happened.
-fn reason(error: reqwest::Error) -> String {
-    let error = error.without_url();
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -19,7 +19,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
-use crate::http::harness::{TestNode, eventually, golden};
+use crate::http::harness::{TestNode, eventually, golden, peers};
 use crate::ltx::Pos;
 use crate::store::StoreError;
 
@@ -82,9 +82,9 @@ fn receiver(node: &TestNode) -> Receiver {
     Receiver::new(
         Arc::clone(&node.store),
         Arc::clone(&node.stats),
+        peers(),
         Default::default(),
     )
-    .unwrap()
 }
 
 async fn follow(receiver: &Receiver, primary: &PrimaryInfo) -> Result<Ended, StreamError> {
@@ -330,13 +330,13 @@ async fn addresses_that_lead_nowhere() {
         .unwrap()
         .local_addr()
         .unwrap();
-    let receiver = receiver(&node);
+    let replica = receiver(&node);
     let go = async |url: String| {
         let primary = PrimaryInfo {
             hostname: "p".into(),
             advertise_url: url,
         };
-        follow(&receiver, &primary).await.unwrap_err()
+        follow(&replica, &primary).await.unwrap_err()
     };
     assert!(matches!(
         go("not a url".into()).await,
@@ -353,14 +353,12 @@ async fn addresses_that_lead_nowhere() {
         "{refused}"
     );
     let own = TestNode::primary().await;
-    let own_receiver =
-        super::receiver::Receiver::new(Arc::clone(&own.store), Arc::default(), Default::default())
-            .unwrap();
+    let follower = receiver(&own);
     let primary = PrimaryInfo {
         hostname: "p".into(),
         advertise_url: own.url.clone(),
     };
-    let error = follow(&own_receiver, &primary).await.unwrap_err();
+    let error = follow(&follower, &primary).await.unwrap_err();
     assert!(matches!(error, StreamError::Own(_)), "{error}");
 }
 
