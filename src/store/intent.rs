@@ -269,6 +269,11 @@ impl Store {
             }
         }
         for (db, part) in incoming {
+            if let Err(e) = db.check_usable(&db.lock()) {
+                // Whether it has its part is not known, and nothing of it is to be touched.
+                failed = failed.and(Err(e));
+                continue;
+            }
             if db.lock().pos.txid >= part.header.max_txid {
                 continue;
             }
@@ -296,10 +301,12 @@ fn set_unfinished(db: &Database, e: &StoreError) {
     db.set_broken(&mut db.lock(), reason);
 }
 
+/// Whether a part is in its log, or may be.
 fn any_logged(parts: &[(Arc<Database>, Incoming)]) -> bool {
-    parts
-        .iter()
-        .any(|(db, part)| db.lock().pos.txid >= part.header.max_txid)
+    parts.iter().any(|(db, part)| {
+        let st = db.lock();
+        st.broken.is_some() || st.pos.txid >= part.header.max_txid
+    })
 }
 
 #[cfg(test)]
