@@ -78,7 +78,6 @@ struct State {
     faults: Faults,
     /// How many faults there were.
     failed: u64,
-    rotten: u64,
     ignore_syncs: bool,
     trace: Option<Vec<String>>,
     /// Prints the trace too.
@@ -252,8 +251,8 @@ impl State {
         {
             let mut group = vec![later];
             while let Some(i) = group.pop() {
-                for earlier in 0..i {
-                    if !keep[earlier] && self.names[earlier].touches(&self.names[i]) {
+                for (earlier, change) in self.names[..i].iter().enumerate() {
+                    if !keep[earlier] && change.touches(&self.names[i]) {
                         keep[earlier] = true;
                         group.push(earlier);
                     }
@@ -380,7 +379,6 @@ impl Sim {
                 life: 0,
                 faults: Faults::default(),
                 failed: 0,
-                rotten: 0,
                 ignore_syncs: false,
                 trace: std::env::var_os("TENURE_TRACE").map(|_| Vec::new()),
                 aloud: std::env::var_os("TENURE_TRACE").is_some(),
@@ -424,14 +422,9 @@ impl Sim {
         self.state.lock().faults = faults;
     }
 
-    /// How many operations failed, other than by a crash.
+    /// How many operations failed, or returned other bytes, other than by a crash.
     pub fn failed(&self) -> u64 {
         self.state.lock().failed
-    }
-
-    /// How many reads returned other bytes.
-    pub fn rotten(&self) -> u64 {
-        self.state.lock().rotten
     }
 
     /// Answers syncs without doing them.
@@ -811,7 +804,7 @@ impl DiskFile for SimFile {
         if n > 0 && st.chance(faults.rot) {
             let (at, bit) = (st.rng.random_range(0..n), st.rng.random_range(0..8));
             buf[at] ^= 1 << bit;
-            st.rotten += 1;
+            st.failed += 1;
         }
         Ok(n)
     }

@@ -43,7 +43,6 @@ impl Client {
 
 /// A part of a transaction: a state of a database that it is to make.
 struct Part {
-    schema: &'static str,
     db: usize,
     id: usize,
     durable: bool,
@@ -368,7 +367,7 @@ impl World {
     }
 
     /// Changes a database within a transaction.
-    fn write(&mut self, at: usize, schema: &'static str, db: usize) -> rusqlite::Result<Part> {
+    fn write(&mut self, at: usize, schema: &str, db: usize) -> rusqlite::Result<Part> {
         let base = state_of(&self.clients[at].sql, schema)?;
         let model = &self.models[db];
         let (parent, old) = if base == 0 {
@@ -421,7 +420,6 @@ impl World {
         }
         run(&format!("UPDATE $.m SET id={id}"))?;
         Ok(Part {
-            schema,
             db,
             id,
             durable,

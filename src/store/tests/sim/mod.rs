@@ -89,6 +89,7 @@ fn faults() {
         12885839014938194106,
         16630864798235570569,
     ];
+    let failed = std::cell::Cell::new(0);
     many("faults", &regressions, |seed| {
         let mut world = world(seed);
         let mut rng = rand::rngs::StdRng::seed_from_u64(!seed);
@@ -105,5 +106,7 @@ fn faults() {
         };
         world.disk.set_faults(world.faults);
         world.live(3, 25);
+        failed.set(failed.get() + world.disk.failed());
     });
+    eprintln!("{} faults", failed.get());
 }
