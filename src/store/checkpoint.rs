@@ -6,12 +6,13 @@
 //! before the oldest transaction of which a page is in the WAL alone.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::ltx::Pos;
 
 use super::context::Job;
-use super::database::{Database, FileKind, State};
+use super::database::{Database, DbFile, FileKind, State};
 use super::error::StoreError;
 use super::sums::{self, SumsHeader};
 
@@ -93,10 +94,7 @@ impl Database {
         let save = || -> Result<(), StoreError> {
             self.log().flush_wait()?;
             if let Some(f) = file {
-                f.file.sync_data().map_err(StoreError::io(
-                    "sync database",
-                    self.path(FileKind::Database),
-                ))?;
+                self.sync_database(&f)?;
             }
             sums::save(self.disk(), &self.dir.join("checksums"), &changes, &header)
         };
@@ -113,6 +111,20 @@ impl Database {
                 Err(e)
             }
         }
+    }
+
+    /// Once this has failed it fails for good: the kernel may take pages for written that are not,
+    /// and only a recovery writes them again.
+    fn sync_database(&self, f: &DbFile) -> Result<(), StoreError> {
+        let path = self.path(FileKind::Database);
+        if self.unsyncable.load(Ordering::Acquire) {
+            let what = "a sync of it has failed: start the node anew once the cause is mended";
+            return Err(StoreError::corrupt(path, what));
+        }
+        f.file.sync_data().map_err(|e| {
+            self.unsyncable.store(true, Ordering::Release);
+            StoreError::io("sync database", path)(e)
+        })
     }
 
     /// The position up to which the database file alone is complete.
@@ -140,7 +152,7 @@ impl Database {
         let removed = self.log().prune(keep_after, retention)?;
         self.counters()
             .ltx_reaped
-            .fetch_add(removed, std::sync::atomic::Ordering::Relaxed);
+            .fetch_add(removed, Ordering::Relaxed);
         Ok(())
     }
 

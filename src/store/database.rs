@@ -347,6 +347,8 @@ pub struct Database {
     /// Inode number of the WAL index that the node maps, and how many bytes of it; they may not be
     /// cut off. A newer file of the same name is not meant.
     pub(super) shm_mapped: Mutex<(u64, u64)>,
+    /// A sync of the database file has failed.
+    pub(super) unsyncable: AtomicBool,
     /// Held by whoever saves a checkpoint.
     pub(super) checkpointing: Mutex<()>,
     /// The position of which all that the primary does not have is set aside already.
@@ -378,6 +380,7 @@ impl Database {
             pending: Mutex::default(),
             replica: Mutex::default(),
             shm_mapped: Mutex::default(),
+            unsyncable: AtomicBool::new(false),
             checkpointing: Mutex::default(),
             aside: Mutex::default(),
             hold: Hold::default(),

@@ -466,20 +466,27 @@ impl Database {
                 return done(Err(e));
             }
         };
-        let removed = self.remove_files(&mut st);
-        self.advance(&mut st, &captured);
-        st.page_size = 0;
         self.note_captured(&captured);
+        st.committing = true;
         drop(st);
-        self.context
-            .keep(Job::InvalidateEntries(self.mount_names()));
         let db = self.clone();
-        self.log().flush(move |r| {
-            let flushed = r.map_err(StoreError::io("flush the log of", &db.dir));
-            if flushed.is_ok() {
-                db.note_flushed(captured.pos.txid);
-            }
-            done(removed.and(flushed).and_then(|()| db.verdict(&pass)));
+        self.log().flush(move |flushed| {
+            let mut st = db.lock();
+            st.committing = false;
+            // Not before: without the record in the log, a database without its file is a lost one.
+            let dropped = flushed
+                .map_err(StoreError::io("flush the log of", &db.dir))
+                .and_then(|()| {
+                    let removed = db.remove_files(&mut st);
+                    db.advance(&mut st, &captured);
+                    st.page_size = 0;
+                    db.note_flushed(captured.pos.txid);
+                    removed
+                });
+            drop(st);
+            let names = db.mount_names();
+            db.context.keep(Job::InvalidateEntries(names));
+            done(dropped.and_then(|()| db.verdict(&pass)));
             drop(pass);
         });
     }

@@ -47,17 +47,15 @@ pub(super) struct Intent {
     written: u64,
     parts: Vec<Part>,
     committed: bool,
+    in_doubt: bool,
 }
 
 impl Intent {
     /// Begins one; `name` is the super-journal's.
     pub fn create(disk: &Arc<dyn Disk>, data_dir: &Path, name: &str) -> Result<Intent, StoreError> {
         let dir = data_dir.join("super");
-        if !disk.exists(&dir) {
-            disk.create_dir_all(&dir)
-                .map_err(StoreError::io("create", &dir))?;
-            sync_dir(&**disk, data_dir)?;
-        }
+        disk.create_dir_all(&dir)
+            .map_err(StoreError::io("create", &dir))?;
         let path = dir.join(name);
         let file = disk
             .open(&path, Open::Empty)
@@ -69,6 +67,7 @@ impl Intent {
             written: 0,
             parts: Vec::new(),
             committed: false,
+            in_doubt: false,
         })
     }
 
@@ -91,24 +90,49 @@ impl Intent {
         Ok(made)
     }
 
-    /// The commit of all parts: on disk when this returns.
+    /// The commit of all parts: on disk when this returns. After an error it never was, unless
+    /// [`Intent::is_in_doubt`].
     pub fn commit(&mut self) -> Result<(), StoreError> {
         let table = encode_table(&self.parts);
         let mut tail = (table.len() as u64).to_be_bytes().to_vec();
         tail.extend(crc_fast::checksum(Crc64GoIso, &table).to_be_bytes());
         tail.extend(MAGIC);
         let path = self.path.clone();
-        let mut write = || -> io::Result<()> {
-            self.out.write_all(&table)?;
-            self.out.write_all(&tail)?;
-            self.out.flush()?;
-            self.out.get_ref().file().sync_all()
-        };
-        write().map_err(StoreError::io("write", &path))?;
-        path.parent()
-            .map_or(Ok(()), |dir| sync_dir(&*self.disk, dir))?;
+        self.write_and_sync(&table)
+            .map_err(StoreError::io("write", &path))?;
+        // Its name, and that of the directory, which an earlier life may have made.
+        for dir in path.ancestors().skip(1).take(2) {
+            sync_dir(&*self.disk, dir)?;
+        }
+        // Nothing counts before this, and nothing can fail after it.
+        if let Err(e) = self.write_and_sync(&tail) {
+            self.in_doubt = self.withdraw().is_err();
+            return Err(StoreError::io("write", &path)(e));
+        }
         self.committed = true;
         Ok(())
+    }
+
+    fn write_and_sync(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.out.write_all(bytes)?;
+        self.out.flush()?;
+        self.out.get_ref().file().sync_all()
+    }
+
+    /// Makes sure that no start ever takes it for committed.
+    fn withdraw(&self) -> io::Result<()> {
+        let file = self.out.get_ref().file();
+        let emptied = file.set_len(0).and_then(|()| file.sync_all());
+        emptied.or_else(|_| {
+            self.disk.remove_file(&self.path)?;
+            let dir = self.path.parent().unwrap_or(Path::new("."));
+            self.disk.sync_dir(dir)
+        })
+    }
+
+    /// Whether it cannot be told if the commit that failed is on disk: the next start decides.
+    pub fn is_in_doubt(&self) -> bool {
+        self.in_doubt
     }
 
     /// The LTX file of the part with this index.
@@ -139,7 +163,7 @@ impl Write for Intent {
 
 impl Drop for Intent {
     fn drop(&mut self) {
-        if !self.committed {
+        if !self.committed && !self.in_doubt {
             // Without its tail it counts for nothing, should it stay.
             let _ = self.disk.remove_file(&self.path);
         }
@@ -228,6 +252,7 @@ impl Store {
 
     fn finish_intent(&self, file: &File, parts: &[Part]) -> Result<(), StoreError> {
         let mut incoming = Vec::new();
+        let mut failed = Ok(());
         for p in parts {
             let mut body = BodyReader::new(file.clone(), p.offset, p.length);
             match Incoming::read(self.scratch(), &mut body, &p.db) {
@@ -237,26 +262,51 @@ impl Store {
                     tracing::warn!(error = %e, "an unfinished transaction over several databases never was");
                     return Ok(());
                 }
-                Err(e) => return Err(e),
+                Err(e) => {
+                    set_unfinished(&*self.database_or_new(&p.db)?, &e);
+                    failed = failed.and(Err(e));
+                }
             }
         }
         for (db, part) in incoming {
+            if let Err(e) = db.check_usable(&db.lock()) {
+                // Whether it has its part is not known, and nothing of it is to be touched.
+                failed = failed.and(Err(e));
+                continue;
+            }
             if db.lock().pos.txid >= part.header.max_txid {
                 continue;
             }
             let result = db.apply(part);
             db.release_locks();
-            result?;
-            tracing::info!(db = db.name(), pos = %db.lock().pos, "finished a transaction over several databases");
+            match result {
+                Ok(_) => {
+                    tracing::info!(db = db.name(), pos = %db.lock().pos, "finished a transaction over several databases");
+                }
+                Err(e) => {
+                    set_unfinished(&db, &e);
+                    failed = failed.and(Err(e));
+                }
+            }
         }
-        Ok(())
+        failed
     }
 }
 
+/// Half of a transaction is not shown, nor written on.
+fn set_unfinished(db: &Database, e: &StoreError) {
+    let reason = format!(
+        "{e}: a transaction over several databases is still to be finished in this one, start the node anew once the cause is mended"
+    );
+    db.set_broken(&mut db.lock(), reason);
+}
+
+/// Whether a part is in its log, or may be.
 fn any_logged(parts: &[(Arc<Database>, Incoming)]) -> bool {
-    parts
-        .iter()
-        .any(|(db, part)| db.lock().pos.txid >= part.header.max_txid)
+    parts.iter().any(|(db, part)| {
+        let st = db.lock();
+        st.broken.is_some() || st.pos.txid >= part.header.max_txid
+    })
 }
 
 #[cfg(test)]

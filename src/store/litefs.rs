@@ -308,7 +308,11 @@ impl Database {
     }
 }
 
-fn read_sums(file: &dyn DiskFile, path: &Path, page_size: u32) -> Result<PageSums, StoreError> {
+pub(super) fn read_sums(
+    file: &dyn DiskFile,
+    path: &Path,
+    page_size: u32,
+) -> Result<PageSums, StoreError> {
     let len = file.size().map_err(StoreError::io("stat", path))?;
     let pages = u32::try_from(len / u64::from(page_size))
         .map_err(|_| StoreError::corrupt(path, "too large for a database"))?;

@@ -73,6 +73,8 @@ struct Inner {
     unsynced: Vec<File>,
     /// The next record begins a new segment.
     ended: bool,
+    /// The directories above have been synced in this life, or will be with the next flush.
+    has_names: bool,
     /// Why nothing more can be appended.
     failed: Option<String>,
 }
@@ -153,6 +155,7 @@ impl Log {
                 history: 0,
                 unsynced: Vec::new(),
                 ended: false,
+                has_names: false,
                 failed,
             }),
             flush: Mutex::new(FlushState {
@@ -188,13 +191,23 @@ impl Log {
         assert!(first, "a log has one listener");
     }
 
-    /// What was read may have been in the page cache alone.
+    /// What was read may have been in the page cache alone, names included.
     fn sync_opened(&self) -> Result<(), StoreError> {
         let inner = self.inner.lock();
-        if let Some(last) = inner.segments.back() {
-            last.file
-                .sync_data()
-                .map_err(StoreError::io("sync log segment", &last.path))?;
+        let Some(last) = inner.segments.back() else {
+            return Ok(());
+        };
+        let flushed = last.says_flushed()?;
+        for s in inner.segments.iter().rev() {
+            if s.last_txid().is_some_and(|t| t <= flushed) {
+                break;
+            }
+            s.write_again(flushed)
+                .and_then(|()| s.file.sync_all())
+                .map_err(StoreError::io("sync log segment", &s.path))?;
+        }
+        for dir in self.dir.ancestors().take(3) {
+            sync_dir(&*self.disk, dir)?;
         }
         Ok(())
     }
@@ -288,13 +301,14 @@ impl Log {
         max_txid: u64,
         replaces: bool,
     ) -> Result<(), StoreError> {
-        if !self.disk.exists(&self.dir) {
-            self.disk
-                .create_dir_all(&self.dir)
-                .map_err(StoreError::io("create log directory", &self.dir))?;
+        self.disk
+            .create_dir_all(&self.dir)
+            .map_err(StoreError::io("create log directory", &self.dir))?;
+        if !inner.has_names {
             for parent in self.dir.ancestors().skip(1).take(2) {
                 inner.unsynced.push(self.open_dir(parent)?);
             }
+            inner.has_names = true;
         }
         let dir = self.open_dir(&self.dir)?;
         let salt = self.random.next();
@@ -574,6 +588,14 @@ impl Log {
         Ok(removed)
     }
 
+    /// Lets the next record begin a segment, as if the present one were old.
+    #[cfg(test)]
+    pub(super) fn age_segment(&self) {
+        let mut inner = self.inner.lock();
+        let old = self.segment_age + Duration::from_secs(1);
+        inner.began = inner.began.checked_sub(old).unwrap_or(inner.began);
+    }
+
     /// Gives unused space back at a clean stop.
     pub fn close(&self) -> Result<(), StoreError> {
         self.flush_wait()?;
@@ -722,6 +744,8 @@ impl Inner {
             disk.remove_file(&s.path)
                 .map_err(StoreError::io("remove log segment", &s.path))?;
         }
+        // Else a crash could bring them back beside it.
+        sync_dir(disk, &dir)?;
         let path = dir.join(segment::file_name(max_txid));
         disk.rename(&new.path, &path)
             .map_err(StoreError::io("rename log segment", &new.path))?;

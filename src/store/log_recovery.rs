@@ -57,6 +57,11 @@ fn finish_replacement(disk: &dyn Disk, dir: &Path, names: &mut Vec<u64>) -> Resu
             .remove_file(&path)
             .map_err(StoreError::io("remove log segment", &path));
     };
+    segment
+        .write_again(0)
+        .and_then(|()| segment.file.sync_all())
+        .map_err(StoreError::io("sync log segment", &path))?;
+    sync_dir(disk, dir)?;
     remove_segments(disk, dir, names)?;
     let name = dir.join(segment::file_name(segment.first_max));
     disk.rename(&path, &name)

@@ -132,7 +132,13 @@ impl Store {
         let dir = options.data_dir.clone();
         let dbs = dir.join("dbs");
         let disk = options.disk.clone();
+        let is_new = !disk.exists(&dir);
         disk.create_dir_all(&dbs)
+            .and_then(|()| disk.sync_dir(&dir))
+            .and_then(|()| match dir.parent() {
+                Some(parent) if is_new => disk.sync_dir(parent),
+                _ => Ok(()),
+            })
             .map_err(StoreError::io("create data directory", &dbs))?;
         let lock = lock_directory(&dir)?;
         // Else the first that finds out is a transaction, or a database that seems damaged.
@@ -307,6 +313,8 @@ impl Store {
         db.abandon_files();
         let mut databases = self.databases.write();
         disk.rename(&from, &target)
+            .and_then(|()| disk.sync_dir(&aside))
+            .and_then(|()| disk.sync_dir(self.data_dir()))
             .map_err(StoreError::io("set aside", &from))?;
         let new = self.new_database(name)?;
         databases.insert(name.to_owned(), new.clone());

@@ -69,7 +69,8 @@ pub(super) fn open(
 
 /// Damaged checksums are not needed where the log has everything, or the file what the log ends with.
 fn without_checksums<T>(db: &Database, e: StoreError) -> Result<Option<T>, StoreError> {
-    if db.log().first_txid() == 0 {
+    // Others could not be read this time.
+    if !matches!(e, StoreError::Corrupt { .. }) || db.log().first_txid() == 0 {
         return Err(e);
     }
     tracing::warn!(db = db.name, error = %e, "page checksums are computed again");
@@ -115,7 +116,8 @@ impl Database {
         st.page_count = saved.pages;
         st.sums = sums;
         let before = change_counter(&file);
-        let redone = self.redo(&mut st, &file)?;
+        let start = self.redo_start(&mut st)?;
+        let redone = self.redo(&mut st, &file, start)?;
         self.check_nothing_lost(before, &file)?;
         self.finish_recovery(&mut st, file)?;
         let unsaved = st.saved.pos != st.pos;
@@ -149,10 +151,10 @@ impl Database {
             .map_err(StoreError::io("open database", &path))
     }
 
-    /// Applies every record after the saved position to the file. True if there was any.
-    fn redo(&self, st: &mut State, file: &File) -> Result<bool, StoreError> {
+    /// Applies every record from `start` on to the file. True if there was any.
+    fn redo(&self, st: &mut State, file: &File, start: u64) -> Result<bool, StoreError> {
         let last = self.log().last_txid();
-        let mut next = self.redo_start(st)?;
+        let mut next = start;
         let redone = next <= last;
         while next <= last {
             let Some(record) = self.log().read(next)? else {

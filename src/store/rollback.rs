@@ -452,19 +452,18 @@ impl Database {
     }
 
     /// Whether the active journal names this super-journal.
-    pub(super) fn journal_names(&self, super_journal: &str) -> bool {
+    pub(super) fn journal_names(&self, super_journal: &str) -> Result<bool, StoreError> {
         let st = self.lock();
         let (true, Some(journal)) = (st.journal_active, st.files.journal.clone()) else {
-            return false;
+            return Ok(false);
         };
         drop(st);
-        let Ok(len) = journal.file.size() else {
-            return false;
-        };
-        let reader = Reader::new(journal.file.clone());
-        let named = crate::sqlite::journal::super_journal_name(reader, len)
-            .ok()
-            .flatten();
-        named.is_some_and(|n| n.rsplit('/').next() == Some(super_journal))
+        // Whoever takes an error for a no commits one half of the transaction.
+        let named = journal.file.size().and_then(|len| {
+            let reader = Reader::new(journal.file.clone());
+            crate::sqlite::journal::super_journal_name(reader, len)
+        });
+        let named = named.map_err(StoreError::io("read", self.path(FileKind::Journal)))?;
+        Ok(named.is_some_and(|n| n.rsplit('/').next() == Some(super_journal)))
     }
 }

@@ -200,7 +200,11 @@ impl Segment {
             .size()
             .map_err(StoreError::io("stat log segment", path))?;
         let mut h = [0u8; SEGMENT_HEADER_SIZE as usize];
-        let whole = len >= SEGMENT_HEADER_SIZE && file.read_exact_at(&mut h, 0).is_ok();
+        let whole = len >= SEGMENT_HEADER_SIZE;
+        if whole {
+            file.read_exact_at(&mut h, 0)
+                .map_err(StoreError::io("read log segment", path))?;
+        }
         if !whole
             || &h[0..8] != SEGMENT_MAGIC
             || be64(&h[56..64]) != crc_fast::checksum(Crc64GoIso, &h[..56])
@@ -330,6 +334,41 @@ impl Segment {
             offset += (last / 8 * 8 + 8) as u64;
         }
         Ok(false)
+    }
+
+    /// The TXID up to which the log was on disk when the last record was written; 0: nothing is
+    /// said.
+    pub fn says_flushed(&self) -> Result<u64, StoreError> {
+        let Some(offset) = self.record_offsets().last() else {
+            return Ok(0);
+        };
+        let header = read_header(&*self.file, self.salt, offset)
+            .map_err(StoreError::io("read log segment", &self.path))?;
+        Ok(header.flushed_txid)
+    }
+
+    /// Writes what the records after `flushed` consist of once more. If a sync of theirs has
+    /// failed, the kernel may take them for written, and no sync would write them.
+    pub fn write_again(&self, flushed: u64) -> io::Result<()> {
+        let start = if self.last_txid().is_none() || self.first_max > flushed {
+            0
+        } else {
+            self.offset_of(flushed + 1).unwrap_or(self.tail)
+        };
+        let mut buf = vec![0u8; 256 << 10];
+        let mut at = start;
+        while at < self.tail {
+            let n = buf.len().min((self.tail - at) as usize);
+            // The padding of the last record may not be there.
+            match self.file.read_at(&mut buf[..n], at)? {
+                0 => break,
+                n => {
+                    self.file.write_all_at(&buf[..n], at)?;
+                    at += n as u64;
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Notes a record that was written at the tail.

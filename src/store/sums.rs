@@ -23,6 +23,7 @@ use crc_fast::CrcAlgorithm::Crc64GoIso;
 
 use crate::ltx::{self, CHECKSUM_FLAG, Pos};
 
+use super::database::read_or_zeros;
 use super::disk::{Disk, Open};
 use super::error::StoreError;
 
@@ -231,6 +232,8 @@ pub fn save(
         .open(path, Open::Make)
         .map_err(StoreError::io("open page checksums", path))?;
     let write = || -> std::io::Result<()> {
+        // The names of this file and of the database that it speaks of.
+        disk.sync_dir(path.parent().unwrap_or(Path::new(".")))?;
         for (block, bytes) in &changes.blocks {
             file.write_all_at(bytes, block_place(*block))?;
         }
@@ -250,12 +253,13 @@ pub fn load(disk: &dyn Disk, path: &Path) -> Result<Option<(SumsHeader, PageSums
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(StoreError::io("open page checksums", path)(e)),
     };
-    let read_slot = |i: u64| {
+    let read_slot = |i: u64| -> Result<Option<SumsHeader>, StoreError> {
         let mut b = [0u8; HEADER_LEN];
-        file.read_exact_at(&mut b, i * SLOT_SIZE).ok()?;
-        SumsHeader::decode(&b)
+        read_or_zeros(&*file, i * SLOT_SIZE, &mut b)
+            .map_err(StoreError::io("read page checksums", path))?;
+        Ok(SumsHeader::decode(&b))
     };
-    let Some(header) = [read_slot(0), read_slot(1)]
+    let Some(header) = [read_slot(0)?, read_slot(1)?]
         .into_iter()
         .flatten()
         .max_by_key(|h| h.sequence)

@@ -104,11 +104,12 @@ impl Store {
         if self.super_journal(name).is_none() {
             return Err(StoreError::NoDatabase(name.to_owned()));
         }
-        let parts: Vec<Arc<Database>> = self
-            .databases()
-            .into_iter()
-            .filter(|d| d.journal_names(name))
-            .collect();
+        let mut parts: Vec<Arc<Database>> = Vec::new();
+        for db in self.databases() {
+            if db.journal_names(name)? {
+                parts.push(db);
+            }
+        }
         match &parts[..] {
             [] => {}
             [one] => commit_one(one)?,
@@ -138,9 +139,16 @@ impl Store {
             .and_then(|()| intent.commit());
         if let Err(e) = committed {
             // SQLite rolls all of them back, each with its journal.
-            prepared
-                .iter()
-                .for_each(|(db, _)| db.lock().committing = false);
+            for (db, _) in prepared {
+                let mut st = db.lock();
+                st.committing = false;
+                if intent.is_in_doubt() {
+                    let reason = format!(
+                        "{e}: whether the transaction is committed is decided when the node starts anew"
+                    );
+                    db.set_broken(&mut st, reason);
+                }
+            }
             return Err(e);
         }
         // From here on the journals that name it are no reason to roll back.

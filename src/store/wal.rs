@@ -24,7 +24,7 @@ use crate::sqlite::wal::{
 
 use super::capture::{Captured, Shape, WalPlace};
 use super::context::Job;
-use super::database::{Database, DbFile, FileKind, State};
+use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
 use super::error::StoreError;
 use super::forward::Outgoing;
 
@@ -217,12 +217,12 @@ impl Database {
     fn read_wal_header(&self, st: &mut State, wal: &DbFile) -> Result<(), StoreError> {
         let mut h = [0u8; WAL_HEADER_SIZE];
         st.wal.reset();
-        if wal.file.read_exact_at(&mut h, 0).is_ok() {
-            // Half a header is none yet; the rest is still to be written.
-            st.wal.header = WalHeader::decode(&h)
-                .ok()
-                .filter(|h| h.page_size == st.page_size);
-        }
+        read_or_zeros(&*wal.file, 0, &mut h)
+            .map_err(StoreError::io("read WAL", self.path(FileKind::Wal)))?;
+        // Half a header is none yet; the rest is still to be written.
+        st.wal.header = WalHeader::decode(&h)
+            .ok()
+            .filter(|h| h.page_size == st.page_size);
         Ok(())
     }
 
@@ -401,7 +401,20 @@ impl Database {
     ) {
         let shrunk = captured.commit < st.page_count;
         self.advance(st, captured);
-        note_newest(st, pages, captured.pos.txid, shrunk);
+        // A page that is written again as it was is not in the record: a recovery finds it in the
+        // one that changed it, and its frame of then is as good.
+        let is_changed = |pgno: &u32| {
+            captured
+                .changed
+                .binary_search_by_key(pgno, |(p, _)| *p)
+                .is_ok()
+        };
+        let changed: Vec<_> = pages
+            .iter()
+            .copied()
+            .filter(|(p, _)| is_changed(p))
+            .collect();
+        note_newest(st, &changed, captured.pos.txid, shrunk);
         st.wal.committed = end;
         self.note_captured(captured);
         self.context.flush_soon(self);

@@ -15,6 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 mod real;
+#[cfg(test)]
+pub(crate) mod sim;
 
 pub use real::Real;
 
@@ -126,19 +128,16 @@ impl dyn Disk + '_ {
         self.open(path, Open::Read)?.sync_all()
     }
 
-    /// Makes a directory and those above it that are missing.
+    /// Makes a directory and those above it that are missing. One that is there need not be durable,
+    /// nor is one that is made: whoever relies on it syncs what it is in.
     pub fn create_dir_all(&self, path: &Path) -> io::Result<()> {
-        match self.create_dir(path) {
-            Ok(()) => Ok(()),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                let Some(parent) = path.parent() else {
-                    return Err(e);
-                };
+        match (self.create_dir(path), path.parent()) {
+            (Err(e), Some(parent)) if e.kind() == io::ErrorKind::NotFound => {
                 self.create_dir_all(parent)?;
                 self.create_dir(path)
             }
-            Err(_) if self.metadata(path).is_ok_and(|m| m.is_dir()) => Ok(()),
-            Err(e) => Err(e),
+            (Err(_), _) if self.metadata(path).is_ok_and(|m| m.is_dir()) => Ok(()),
+            (r, _) => r,
         }
     }
 

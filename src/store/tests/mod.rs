@@ -12,6 +12,7 @@ mod recovery;
 mod restore;
 mod roles;
 mod scrub;
+mod sim;
 mod snapshots;
 mod sums;
 mod vfs;

@@ -434,6 +434,26 @@ fn a_pruned_log_still_recovers() {
     assert!(broken(dir).contains("those of its bytes are"));
 }
 
+/// A page can be written to the WAL again as it was: the record does not hold it, and the database
+/// file lacks it still.
+#[test]
+fn a_page_that_is_written_again_unchanged_is_still_redone() {
+    let bed = Bed::primary();
+    let c = bed.connect(DB);
+    c.execute_batch("CREATE TABLE t(k INTEGER PRIMARY KEY, v)")
+        .unwrap();
+    set_mode(&c, "wal");
+    c.execute_batch("PRAGMA wal_autocheckpoint=0; INSERT INTO t VALUES (1, zeroblob(3000))")
+        .unwrap();
+    let before = bed.check(DB).0;
+    // Every page of the transaction before is in the WAL again, and one as it was.
+    c.execute_batch("BEGIN; UPDATE t SET v = zeroblob(2999); UPDATE t SET v = zeroblob(3000); CREATE TABLE u(v); COMMIT")
+        .unwrap();
+    assert_eq!(bed.check(DB).0.txid, before.txid + 1);
+    bed.db(DB).checkpoint().unwrap();
+    bed.check_killed(DB);
+}
+
 #[test]
 fn what_is_no_database_in_the_data_directory_is_left_alone() {
     let (bed, _c) = filled("delete");

@@ -23,7 +23,7 @@ use crate::store::{Database, DbFile, Done, FileKind, Name, Role, Store, StoreErr
 const ANSWER: Duration = Duration::from_secs(20);
 
 /// Waits for the answer of an operation.
-pub(super) fn wait(operation: impl FnOnce(Done)) -> Result<(), StoreError> {
+pub(in crate::store) fn wait(operation: impl FnOnce(Done)) -> Result<(), StoreError> {
     let (tx, rx) = std::sync::mpsc::channel();
     operation(Box::new(move |r| tx.send(r).expect("somebody waits")));
     rx.recv_timeout(ANSWER)
@@ -38,7 +38,7 @@ struct Shared {
 }
 
 /// A registered VFS. All connections must be closed, or forgotten, before it goes.
-pub(super) struct Vfs {
+pub(in crate::store) struct Vfs {
     pub name: CString,
     raw: Box<ffi::sqlite3_vfs>,
     shared: Arc<Shared>,
@@ -262,7 +262,10 @@ unsafe extern "C" fn x_open(
     let locks = match &target {
         Target::File(db, f) if f.kind == FileKind::Database => {
             let path = db.path(FileKind::Database);
-            Some(File::options().read(true).write(true).open(path).unwrap())
+            match File::options().read(true).write(true).open(path) {
+                Ok(locks) => Some(locks),
+                Err(_) => return ffi::SQLITE_CANTOPEN,
+            }
         }
         _ => None,
     };
@@ -375,7 +378,10 @@ unsafe extern "C" fn x_file_size(
 ) -> c_int {
     let open = opened(file);
     let found = match &open.target {
-        Target::File(db, f) => db.size(f).expect("the size of an open file"),
+        Target::File(db, f) => match db.size(f) {
+            Ok(size) => size,
+            Err(e) => return open.shared.code(Err(e), ffi::SQLITE_IOERR_FSTAT),
+        },
         Target::Super(j) => j.size(),
         Target::Temporary(f) => f.metadata().expect("a temporary file").len(),
     };
@@ -483,7 +489,9 @@ fn open_index(open: &Open) -> Result<Index, c_int> {
         .create(FileKind::Shm, false)
         .map_err(|e| open.shared.code(Err(e), ffi::SQLITE_IOERR_SHMOPEN))?;
     let path = db.path(FileKind::Shm);
-    let locks = File::options().read(true).write(true).open(path).unwrap();
+    let Ok(locks) = File::options().read(true).write(true).open(path) else {
+        return Err(ffi::SQLITE_IOERR_SHMOPEN);
+    };
     if set(&locks, LockKind::Exclusive, locks::WAL_DMS, 1) {
         let r = wait(|done| db.truncate(&file, 3, done));
         match open.shared.code(r, ffi::SQLITE_IOERR_SHMOPEN) {
@@ -522,11 +530,16 @@ unsafe extern "C" fn x_shm_map(
     while index.maps.len() <= region as usize {
         let start = index.maps.len() * REGION_SIZE;
         let end = (start + REGION_SIZE) as u64;
-        if index.file.file.metadata().unwrap().len() < end {
+        let Ok(len) = index.file.file.size() else {
+            return ffi::SQLITE_IOERR_SHMSIZE;
+        };
+        if len < end {
             if extend == 0 {
                 return ffi::SQLITE_OK;
             }
-            index.file.file.set_len(end).unwrap();
+            if index.file.file.set_len(end).is_err() {
+                return ffi::SQLITE_IOERR_SHMSIZE;
+            }
         }
         // SAFETY: a new shared mapping of an open file; the kernel chooses the address.
         let map = unsafe {
@@ -553,7 +566,9 @@ unsafe extern "C" fn x_shm_lock(
     n: c_int,
     flags: c_int,
 ) -> c_int {
-    let index = opened(file).index.as_ref().expect("mapped before");
+    let Some(index) = &opened(file).index else {
+        return ffi::SQLITE_IOERR_SHMLOCK;
+    };
     let (start, len) = (locks::WAL_WRITE_LOCK + first as u64, n as u64);
     if flags & ffi::SQLITE_SHM_UNLOCK != 0 {
         unset(&index.locks, start, len);

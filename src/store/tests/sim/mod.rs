@@ -1,0 +1,112 @@
+//! Real SQLite on the store on a disk that lies: histories from a seed, with crashes of the process
+//! and of the power at any step, faults of the disk, and what the promises say is checked exactly.
+//!
+//! `TENURE_SEED=n cargo test --lib store::tests::sim::histories` runs one history again, and prints
+//! what is done. `TENURE_SIM_SECS` (20) says for how long histories are tried, and
+//! `TENURE_SIM_COUNT` (300) how many at least.
+
+mod history;
+mod model;
+mod scripts;
+mod world;
+
+use std::panic::AssertUnwindSafe;
+use std::time::{Duration, Instant};
+
+use rand::{Rng, SeedableRng};
+
+use crate::store::disk::sim::Faults;
+use world::World;
+
+fn environment(name: &str) -> Option<u64> {
+    let value = std::env::var(name).ok()?;
+    Some(value.parse().unwrap_or_else(|_| panic!("{name}={value}")))
+}
+
+/// Runs histories for the time that there is, at least as many as there are to be.
+fn many(test: &str, regressions: &[u64], history: impl Fn(u64)) {
+    let run = |seed: u64| {
+        if let Err(panic) = std::panic::catch_unwind(AssertUnwindSafe(|| history(seed))) {
+            eprintln!("again: TENURE_SEED={seed} cargo test --lib store::tests::sim::{test}");
+            std::panic::resume_unwind(panic);
+        }
+    };
+    if let Some(seed) = environment("TENURE_SEED") {
+        return run(seed);
+    }
+    regressions.iter().for_each(|seed| run(*seed));
+    let began = Instant::now();
+    let time = Duration::from_secs(environment("TENURE_SIM_SECS").unwrap_or(20));
+    let least = environment("TENURE_SIM_COUNT").unwrap_or(300);
+    let mut count = 0;
+    while count < least || began.elapsed() < time {
+        run(rand::random());
+        count += 1;
+    }
+    eprintln!("{test}: {count} histories in {:?}", began.elapsed());
+}
+
+fn world(seed: u64) -> World {
+    let names = ["a.db", "b.db", "c.db"];
+    let count = rand::rngs::StdRng::seed_from_u64(seed).random_range(1..=3);
+    World::new(seed, &names[..count])
+}
+
+#[test]
+fn histories() {
+    // A page in the WAL that was written again unchanged, and a checkpoint.
+    many("histories", &[4729068161323257300], |seed| {
+        let mut world = world(seed);
+        world.live(3, 25);
+    });
+}
+
+/// A bit of a file at rest is another one: found, or of no effect; never anything else.
+#[test]
+fn rot() {
+    many("rot", &[], |seed| {
+        let mut world = world(seed);
+        for _ in 0..15 {
+            world.act();
+        }
+        world.rot_at_rest();
+    });
+}
+
+#[test]
+fn faults() {
+    let regressions = [
+        // An intent that was told to have failed, and could not be removed.
+        12618118184055920327,
+        // One that a start could finish in one database and not in the other.
+        2462676501824856028,
+        // One of which a part was applied to a database that was set aside.
+        840717668361275381,
+        // The file of a dropped database was gone before the drop was on disk.
+        6861950989393512102,
+        // The header of a WAL, and the name of a super-journal, that could not be read.
+        12821949524101645346,
+        12885839014938194106,
+        16630864798235570569,
+    ];
+    let failed = std::cell::Cell::new(0);
+    many("faults", &regressions, |seed| {
+        let mut world = world(seed);
+        let mut rng = rand::rngs::StdRng::seed_from_u64(!seed);
+        let some = |rng: &mut rand::rngs::StdRng| match rng.random_range(0..3) {
+            0 => 0,
+            1 => 5,
+            _ => 50,
+        };
+        world.faults = Faults {
+            eio: some(&mut rng),
+            read_eio: some(&mut rng) / 5,
+            full: some(&mut rng),
+            rot: 0,
+        };
+        world.disk.set_faults(world.faults);
+        world.live(3, 25);
+        failed.set(failed.get() + world.disk.failed());
+    });
+    eprintln!("{} faults", failed.get());
+}
