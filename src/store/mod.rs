@@ -36,6 +36,7 @@ mod import;
 mod index;
 mod intent;
 mod litefs;
+mod lives;
 mod log;
 mod log_recovery;
 mod names;
@@ -53,7 +54,7 @@ mod snapshot;
 mod sums;
 mod super_journal;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod wal;
 
 pub use context::{Background, Event, Options, Random, Subscription};
@@ -119,7 +120,8 @@ impl Store {
         disk.create_dir_all(&dbs)
             .map_err(StoreError::io("create data directory", &dbs))?;
         let lock = lock_directory(&dir)?;
-        let context = Context::start(options);
+        let lives = lives::Lives::open(&disk, &dir)?;
+        let context = Context::start(options, lives);
         let store = Store {
             cluster_id: RwLock::new(read_cluster_id(&*disk, &dir)?),
             epoch: epoch::Epoch::open(&disk, &dir)?,
@@ -212,6 +214,21 @@ impl Store {
         write_cluster_id(self.disk(), self.data_dir(), id)?;
         *current = Some(id.to_owned());
         Ok(())
+    }
+
+    /// Leaves the cluster that this data directory belongs to for another one, if it has never had a
+    /// database; whether it has.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn change_cluster_id(&self, id: &str) -> Result<bool, StoreError> {
+        let mut current = self.cluster_id.write();
+        if !self.databases.read().values().all(|db| db.is_nothing()) {
+            return Ok(false);
+        }
+        write_cluster_id(self.disk(), self.data_dir(), id)?;
+        *current = Some(id.to_owned());
+        Ok(true)
     }
 
     /// All databases, dropped ones included.
