@@ -3,6 +3,7 @@
 
 pub mod backup;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod fuse;
 pub mod http;
@@ -11,7 +12,10 @@ pub mod node;
 pub mod peer;
 pub mod proxy;
 pub mod role;
+#[cfg(test)]
+mod sim;
 pub mod sqlite;
 pub mod store;
 pub mod stream;
+pub mod task;
 pub mod telemetry;

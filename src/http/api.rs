@@ -30,6 +30,7 @@ use crate::stream::replicas::Replicas;
 use crate::stream::sender::{self, Limits, Replica, SendError};
 use crate::stream::stats::Stats;
 use crate::stream::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
+use crate::task;
 
 use super::server::{Connection, Version};
 use super::{body, events, halt, metrics, role, transfer};
@@ -91,6 +92,7 @@ impl Api {
         let mut status = self.status.clone();
         async move {
             tokio::select! {
+                biased;
                 () = async { stopped.await; sleep(STEP_DOWN).await } => {}
                 _ = status.wait_for(|status| !status.is_primary) => {}
             }
@@ -99,7 +101,7 @@ impl Api {
 }
 
 /// All paths.
-pub(super) fn routes(
+pub(crate) fn routes(
     api: Arc<Api>,
 ) -> impl Filter<Extract = (Response,), Error = Infallible> + Clone + Send + Sync + 'static {
     let with = |api: &Arc<Api>| {
@@ -267,7 +269,7 @@ fn pretty(value: &impl Serialize) -> Response {
 }
 
 async fn numbers(api: Arc<Api>) -> Response {
-    let gathered = tokio::task::spawn_blocking(move || metrics::gather(&api)).await;
+    let gathered = task::blocking(move || metrics::gather(&api)).await;
     match gathered {
         Ok(Ok(text)) => warp::reply::with_header(text, header::CONTENT_TYPE, metrics::CONTENT_TYPE)
             .into_response(),
@@ -285,7 +287,7 @@ fn follow_events(api: Arc<Api>, connection: Arc<Connection>) -> Response {
     let events = api.store.events();
     let _ = body.channel.try_send(events::init_line(&api.store.role()));
     let stopped = api.stopped();
-    tokio::spawn(async move {
+    task::spawn(async move {
         let _counted = api.stats.event_reader();
         match events::run(events, &body.channel, stopped).await {
             events::End::Behind => {
@@ -419,7 +421,7 @@ pub(super) async fn collect<B: Buf>(
 fn stream(api: Arc<Api>, connection: Arc<Connection>, replica: Replica) -> Response {
     let (body, stream) = body::channel(sender::CHANNEL_CAPACITY);
     let epoch = api.epoch();
-    tokio::spawn(async move {
+    task::spawn(async move {
         let id = replica.id.clone();
         info!(
             replica = id,

@@ -17,6 +17,7 @@ use crate::role::{CommandError, PromoteError};
 use crate::store::{self, check_database};
 use crate::stream::common::{self, MAX_LEN};
 use crate::stream::parse_node_id;
+use crate::task;
 
 use super::api::{Api, BODY_TIMEOUT, collect, refuse};
 
@@ -116,7 +117,7 @@ async fn find_common<B: Buf>(
     let Some(db) = api.store.database(&query.name) else {
         return refuse(StatusCode::NOT_FOUND, "there is no such database");
     };
-    match tokio::task::spawn_blocking(move || db.newest_common(&positions)).await {
+    match task::blocking(move || db.newest_common(&positions)).await {
         Ok(store::Common::At(pos)) => common::encode(&[pos]).into_response(),
         Ok(store::Common::Nothing) => common::encode(&[]).into_response(),
         Ok(store::Common::Unknown) => refuse(StatusCode::NOT_FOUND, "the log says nothing of it"),

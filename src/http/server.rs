@@ -179,7 +179,7 @@ async fn accept(
 
 /// What a request knows of its connection, as an extension of the request.
 #[derive(Debug, Default)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     requested: AtomicBool,
     aborted: Notify,
 }
@@ -188,6 +188,11 @@ impl Connection {
     /// Ends the connection at once, with whatever is still to be sent.
     pub(super) fn abort(&self) {
         self.aborted.notify_one();
+    }
+
+    /// Returns when it is to be ended.
+    pub(crate) async fn aborted(&self) {
+        self.aborted.notified().await;
     }
 }
 
@@ -202,22 +207,14 @@ async fn connection(socket: TcpStream, api: Arc<Api>) {
     let mut shutdown = api.shutdown.clone();
     let filters = warp::service(api::routes(Arc::clone(&api)));
     let requests = Arc::clone(&state);
-    let service = service_fn(move |mut request: Request<Incoming>| {
+    let service = service_fn(move |request: Request<Incoming>| {
         requests.requested.store(true, Ordering::Relaxed);
-        let version = Version(request.version());
-        request.extensions_mut().insert(version);
-        request.extensions_mut().insert(Arc::clone(&requests));
-        let path = request.uri().path();
-        let identified = path != "/metrics" && !path.starts_with("/debug/");
-        let answer = filters.clone().call(request);
-        let api = Arc::clone(&api);
-        async move {
-            let mut response = answer.await?;
-            if identified {
-                identify(&mut response, &api);
-            }
-            Ok::<Response, Infallible>(response)
-        }
+        answer(
+            filters.clone(),
+            Arc::clone(&api),
+            Arc::clone(&requests),
+            request,
+        )
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder
@@ -249,12 +246,37 @@ async fn connection(socket: TcpStream, api: Arc<Api>) {
                 return;
             }
             () = &mut silent => return,
-            () = state.aborted.notified() => return,
+            () = state.aborted() => return,
             _ = shutdown.wait_for(|stop| *stop), if !stopping => {
                 stopping = true;
                 serving.as_mut().graceful_shutdown();
             }
         }
+    }
+}
+
+/// Answers a request of a connection by `filters`, the API's paths.
+pub(crate) fn answer<S, B>(
+    mut filters: S,
+    api: Arc<Api>,
+    connection: Arc<Connection>,
+    mut request: Request<B>,
+) -> impl Future<Output = Result<Response, Infallible>>
+where
+    S: Service<Request<B>, Response = Response, Error = Infallible>,
+{
+    let version = Version(request.version());
+    request.extensions_mut().insert(version);
+    request.extensions_mut().insert(connection);
+    let path = request.uri().path();
+    let identified = path != "/metrics" && !path.starts_with("/debug/");
+    let answer = filters.call(request);
+    async move {
+        let mut response = answer.await?;
+        if identified {
+            identify(&mut response, &api);
+        }
+        Ok(response)
     }
 }
 

@@ -23,6 +23,7 @@ use warp::Reply;
 use warp::reply::Response;
 
 use crate::store::{ImportError, StoreError, check_database};
+use crate::task;
 
 use super::api::{Api, refuse};
 use super::body;
@@ -92,7 +93,7 @@ async fn export(
     let permit = permit()?;
     let missing = || (StatusCode::NOT_FOUND, format!("no database {name:?}"));
     let db = api.store.database(&name).ok_or_else(missing)?;
-    let snapshot = tokio::task::spawn_blocking(move || db.snapshot())
+    let snapshot = task::blocking(move || db.snapshot())
         .await
         .map_err(internal)?;
     let mut snapshot = snapshot.map_err(internal)?;
@@ -107,7 +108,7 @@ async fn export(
         deadline: Instant::now() + api.snapshot_timeout,
         runtime: Handle::current(),
     };
-    tokio::task::spawn_blocking(move || {
+    task::blocking(move || {
         let _permit = permit;
         let written = snapshot.write_database(&mut pieces);
         // Nothing is kept for it while its last piece waits.
@@ -195,7 +196,7 @@ async fn import<B: Buf>(
         }
     };
     let (store, db) = (Arc::clone(&api.store), name.clone());
-    let imported = tokio::task::spawn_blocking(move || store.import(&db, file))
+    let imported = task::blocking(move || store.import(&db, file))
         .await
         .map_err(internal)?;
     match imported {

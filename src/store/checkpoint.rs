@@ -10,6 +10,8 @@ use std::time::Duration;
 
 use crate::ltx::Pos;
 
+use crate::task;
+
 use super::context::Job;
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
@@ -37,7 +39,7 @@ impl Database {
 
     /// Saves a checkpoint of now.
     pub(super) fn checkpoint(self: &Arc<Self>) -> Result<(), StoreError> {
-        let _one = self.checkpointing.lock();
+        let _one = task::lock(&self.checkpointing);
         let (changes, header, file) = {
             let mut st = self.lock();
             self.check_usable(&st)?;

@@ -29,7 +29,6 @@ use bytes::{Buf, Bytes};
 use http::{Request, Response, StatusCode, Uri, Version};
 use parking_lot::Mutex;
 use tenure_lease::PrimaryInfo;
-use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::{debug, warn};
@@ -37,6 +36,7 @@ use tracing::{debug, warn};
 use crate::ltx::{HEADER_SIZE, Header, Pos};
 use crate::peer::{self, Incoming, PeerError, Peers};
 use crate::store::{Common, Store, StoreError, check_database};
+use crate::task;
 
 use super::common;
 use super::frame::{ChunkReader, Frame, FrameError};
@@ -246,7 +246,7 @@ impl Receiver {
             },
             ready: false,
         };
-        let applier = tokio::task::spawn_blocking(move || applier.run(bytes));
+        let applier = task::blocking(move || applier.run(bytes));
         let pumped = pump(response, feed, cancel).await;
         let applied = match timeout(JOIN_TIMEOUT, applier).await {
             Ok(joined) => joined.map_err(|_| StreamError::Panic)?,
@@ -285,7 +285,7 @@ impl Receiver {
     /// Posts the positions, and checks who answers.
     async fn connect(&self, url: &Uri) -> Result<Response<Incoming>, StreamError> {
         let reader = self.clone();
-        let positions = tokio::task::spawn_blocking(move || reader.positions())
+        let positions = task::blocking(move || reader.positions())
             .await
             .map_err(|_| StreamError::Panic)?;
         let mut request = Request::post(url.clone())
@@ -332,7 +332,7 @@ impl Receiver {
             }),
             None => {
                 let store = Arc::clone(&self.store);
-                tokio::task::spawn_blocking(move || store.set_cluster_id(&theirs))
+                task::blocking(move || store.set_cluster_id(&theirs))
                     .await
                     .map_err(|_| StreamError::Panic)?
                     .map_err(StreamError::ClusterId)
@@ -418,7 +418,7 @@ impl Origin {
         if self.epoch.is_none() {
             return Common::Unknown;
         }
-        match Handle::current().block_on(self.ask(name, history)) {
+        match task::wait(self.ask(name, history)) {
             Ok(bytes) => match common::decode(&bytes).as_deref() {
                 Some([pos]) => Common::At(*pos),
                 Some([]) => Common::Nothing,
@@ -584,7 +584,7 @@ struct ChannelReader {
 impl Read for ChannelReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
-            match self.bytes.blocking_recv() {
+            match task::wait(self.bytes.recv()) {
                 Some(bytes) => self.current = bytes,
                 None => {
                     self.ended = true;
