@@ -4,6 +4,7 @@
 pub mod access;
 pub mod backup;
 pub mod cli;
+pub mod clock;
 pub mod config;
 pub mod fuse;
 #[cfg(any(test, fuzzing))]
@@ -15,7 +16,10 @@ pub mod peer;
 pub mod private;
 pub mod proxy;
 pub mod role;
+#[cfg(test)]
+mod sim;
 pub mod sqlite;
 pub mod store;
 pub mod stream;
+pub mod task;
 pub mod telemetry;

@@ -31,6 +31,7 @@ use crate::stream::replicas::Replicas;
 use crate::stream::sender::{self, Limits, Replica, SendError};
 use crate::stream::stats::Stats;
 use crate::stream::{CLUSTER_ID_HEADER, EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
+use crate::task;
 
 use super::guests::{Connection, Place};
 use super::server::Version;
@@ -95,6 +96,7 @@ impl Api {
         let mut status = self.status.clone();
         async move {
             tokio::select! {
+                biased;
                 () = async { stopped.await; sleep(STEP_DOWN).await } => {}
                 _ = status.wait_for(|status| !status.is_primary) => {}
             }
@@ -103,7 +105,7 @@ impl Api {
 }
 
 /// All paths.
-pub(super) fn routes(
+pub(crate) fn routes(
     api: Arc<Api>,
 ) -> impl Filter<Extract = (Response,), Error = Infallible> + Clone + Send + Sync + 'static {
     let with = |api: &Arc<Api>| {
@@ -278,7 +280,7 @@ async fn numbers(api: Arc<Api>, connection: Arc<Connection>) -> Response {
         Ok(place) => place,
         Err((status, text)) => return refuse(status, &text),
     };
-    let gathered = tokio::task::spawn_blocking(move || {
+    let gathered = task::blocking(move || {
         let _place = place;
         metrics::gather(&api)
     })
@@ -304,7 +306,7 @@ fn follow_events(api: Arc<Api>, connection: Arc<Connection>) -> Response {
     let events = api.store.events();
     let _ = body.channel.try_send(events::init_line(&api.store.role()));
     let stopped = api.stopped();
-    tokio::spawn(async move {
+    task::spawn(async move {
         let _place = place;
         let _counted = api.stats.event_reader();
         match events::run(events, &body.channel, stopped).await {
@@ -450,7 +452,7 @@ pub(super) async fn collect<B: Buf>(
 fn stream(api: Arc<Api>, connection: Arc<Connection>, place: Place, replica: Replica) -> Response {
     let (body, stream) = body::channel(sender::CHANNEL_CAPACITY);
     let epoch = api.epoch();
-    tokio::spawn(async move {
+    task::spawn(async move {
         let _place = place;
         let id = replica.id.clone();
         info!(

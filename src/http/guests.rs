@@ -100,6 +100,20 @@ pub(super) struct Admission {
     seat: Arc<Seat>,
 }
 
+impl Seat {
+    fn new(guest: Guest) -> Seat {
+        let state = State {
+            requests: 0,
+            idle_since: Instant::now(),
+        };
+        Seat {
+            guest,
+            state: Mutex::new(state),
+            aborted: Notify::new(),
+        }
+    }
+}
+
 impl Guests {
     pub fn new(limits: Limits) -> Arc<Guests> {
         Arc::new(Guests {
@@ -141,15 +155,7 @@ impl Guests {
                 seat.aborted.notify_one();
             }
         }
-        let state = State {
-            requests: 0,
-            idle_since: Instant::now(),
-        };
-        let seat = Arc::new(Seat {
-            guest,
-            state: Mutex::new(state),
-            aborted: Notify::new(),
-        });
+        let seat = Arc::new(Seat::new(guest));
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         open.insert(id, Arc::clone(&seat));
         Some(Admission {
@@ -189,7 +195,7 @@ impl Admission {
 
 /// What a request knows of its connection, as an extension of the request.
 #[derive(Debug)]
-pub(super) struct Connection {
+pub(crate) struct Connection {
     seat: Arc<Seat>,
     quotas: Arc<Quotas>,
 }
@@ -198,6 +204,25 @@ impl Connection {
     /// Ends the connection at once, with whatever is still to be sent.
     pub fn abort(&self) {
         self.seat.aborted.notify_one();
+    }
+
+    /// One without a socket, which nothing is held against.
+    #[cfg(test)]
+    pub fn simulated() -> Arc<Connection> {
+        let limits = Limits {
+            connections: 64,
+            share: 64,
+        };
+        Arc::new(Connection {
+            seat: Arc::new(Seat::new(Guest(0))),
+            quotas: Arc::new(Quotas::new(limits)),
+        })
+    }
+
+    /// Resolves when it is to end at once.
+    #[cfg(test)]
+    pub async fn aborted(&self) {
+        self.seat.aborted.notified().await;
     }
 
     /// The connection carries one more request for as long as the guard lives.

@@ -22,6 +22,7 @@ use warp::{Filter, Rejection, Reply};
 use crate::ltx::Pos;
 use crate::store::{Database, HALT_WAIT, StoreError, check_database};
 use crate::stream::{EPOCH_HEADER, NODE_ID_HEADER, parse_node_id};
+use crate::task;
 
 use super::api::{Api, refuse};
 use super::body::Pace;
@@ -163,13 +164,12 @@ async fn take(
     }
     let (tell, told) = oneshot::channel();
     let granting = db.clone();
-    let runtime = tokio::runtime::Handle::current();
-    tokio::task::spawn_blocking(move || {
+    task::blocking(move || {
         let _place = place;
         let granted = granting.grant_halt(id, node, ttl, HALT_WAIT);
         let given = granted.is_ok();
         if given {
-            runtime.spawn(expire(granting.clone(), id));
+            task::spawn(expire(granting.clone(), id));
         }
         if tell.send(granted).is_err() && given {
             // The caller went away.
@@ -202,7 +202,7 @@ fn taken(api: &Api, id: i64, pos: Pos) -> Response {
 async fn expire(db: Arc<Database>, id: i64) {
     loop {
         let asked = db.clone();
-        match tokio::task::spawn_blocking(move || asked.expire_halt(id)).await {
+        match task::blocking(move || asked.expire_halt(id)).await {
             Ok(Some(at)) => sleep_until(at.into()).await,
             _ => return,
         }
@@ -218,7 +218,7 @@ async fn give_back(api: Arc<Api>, query: Halt) -> Response {
         // Whatever was locked is gone.
         return StatusCode::OK.into_response();
     };
-    match tokio::task::spawn_blocking(move || db.return_halt(id)).await {
+    match task::blocking(move || db.return_halt(id)).await {
         Ok(()) => StatusCode::OK.into_response(),
         Err(_) => refuse(StatusCode::INTERNAL_SERVER_ERROR, "internal error"),
     }
@@ -256,7 +256,7 @@ async fn commit<B: Buf>(
     };
     let (feed, pieces) = mpsc::channel(CHANNEL_CAPACITY);
     let store = api.store.clone();
-    let applying = tokio::task::spawn_blocking(move || {
+    let applying = task::blocking(move || {
         let _place = place;
         let mut reader = BodyReader {
             pieces,
@@ -294,7 +294,7 @@ struct BodyReader {
 impl Read for BodyReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
-            match self.pieces.blocking_recv() {
+            match task::wait(self.pieces.recv()) {
                 Some(piece) => self.current = piece,
                 None => return Ok(0),
             }

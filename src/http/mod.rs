@@ -13,7 +13,7 @@ pub mod metrics;
 pub mod server;
 
 mod body;
-mod guests;
+pub(crate) mod guests;
 mod halt;
 mod role;
 pub(crate) mod timestamp;

@@ -17,6 +17,7 @@ use crate::role::{CommandError, PromoteError};
 use crate::store::{self, check_database};
 use crate::stream::common::{self, MAX_LEN};
 use crate::stream::parse_node_id;
+use crate::task;
 
 use super::api::{Api, BODY_TIMEOUT, collect, refuse};
 use super::guests::Connection;
@@ -138,7 +139,7 @@ async fn find_common<B: Buf>(
     let Some(db) = api.store.database(&query.name) else {
         return refuse(StatusCode::NOT_FOUND, "there is no such database");
     };
-    let found = tokio::task::spawn_blocking(move || {
+    let found = task::blocking(move || {
         let _place = place;
         db.newest_common(&positions)
     });

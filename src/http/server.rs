@@ -261,24 +261,21 @@ async fn serve_http(
     let service = service_fn(move |mut request: Request<Incoming>| {
         requests.store(true, Ordering::Relaxed);
         let open = state.begin();
-        let admitted = host.door.admit(&mut request, peer);
-        let version = Version(request.version());
-        request.extensions_mut().insert(version);
-        request.extensions_mut().insert(Arc::clone(&state));
-        let path = request.uri().path();
-        let identified = path != "/metrics" && !path.starts_with("/debug/");
-        let answer = admitted.map(|()| filters.clone().call(request));
-        let api = Arc::clone(&api);
+        let answered = host.door.admit(&mut request, peer).map(|()| {
+            answer(
+                filters.clone(),
+                Arc::clone(&api),
+                Arc::clone(&state),
+                request,
+            )
+        });
         async move {
-            let mut response = match answer {
-                Ok(answer) => answer.await?,
-                Err(refused) => return Ok(refused),
+            let response = match answered {
+                Ok(answer) => answer.await,
+                Err(refused) => Ok(refused),
             };
-            if identified {
-                identify(&mut response, &api);
-            }
             drop::<Open>(open);
-            Ok::<Response, Infallible>(response)
+            response
         }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
@@ -328,6 +325,31 @@ async fn serve_http(
                 serving.as_mut().graceful_shutdown();
             }
         }
+    }
+}
+
+/// Answers a request of a connection by `filters`, the API's paths.
+pub(crate) fn answer<S, B>(
+    mut filters: S,
+    api: Arc<Api>,
+    connection: Arc<Connection>,
+    mut request: Request<B>,
+) -> impl Future<Output = Result<Response, Infallible>>
+where
+    S: Service<Request<B>, Response = Response, Error = Infallible>,
+{
+    let version = Version(request.version());
+    request.extensions_mut().insert(version);
+    request.extensions_mut().insert(connection);
+    let path = request.uri().path();
+    let identified = path != "/metrics" && !path.starts_with("/debug/");
+    let answer = filters.call(request);
+    async move {
+        let mut response = answer.await?;
+        if identified {
+            identify(&mut response, &api);
+        }
+        Ok(response)
     }
 }
 

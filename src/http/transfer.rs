@@ -25,6 +25,7 @@ use warp::reply::Response;
 
 use crate::sqlite::header::{DbHeader, HEADER_SIZE};
 use crate::store::{ImportError, StoreError, check_database};
+use crate::task;
 
 use super::api::{Api, refuse};
 use super::body::{self, PATIENCE, Pace};
@@ -89,7 +90,7 @@ async fn export(
     let place = place(&connection)?;
     let missing = || (StatusCode::NOT_FOUND, format!("no database {name:?}"));
     let db = api.store.database(&name).ok_or_else(missing)?;
-    let snapshot = tokio::task::spawn_blocking(move || db.snapshot())
+    let snapshot = task::blocking(move || db.snapshot())
         .await
         .map_err(internal)?;
     let mut snapshot = snapshot.map_err(internal)?;
@@ -104,7 +105,7 @@ async fn export(
         deadline: Instant::now() + api.snapshot_timeout,
         runtime: Handle::current(),
     };
-    tokio::task::spawn_blocking(move || {
+    task::blocking(move || {
         let _place = place;
         let written = snapshot.write_database(&mut pieces);
         // Nothing is kept for it while its last piece waits.
@@ -194,7 +195,7 @@ async fn import<B: Buf>(
         }
     };
     let (store, db) = (Arc::clone(&api.store), name.clone());
-    let imported = tokio::task::spawn_blocking(move || {
+    let imported = task::blocking(move || {
         let _place = place;
         store.import(&db, file)
     })

@@ -20,8 +20,10 @@ use tokio::sync::watch;
 use tokio::time::sleep;
 use tracing::{debug, info};
 
+use crate::clock;
 use crate::store::Store;
 use crate::stream::format_node_id;
+use crate::task;
 
 use super::bounded;
 
@@ -68,19 +70,23 @@ pub(super) struct Election {
     vacant_since: Option<Instant>,
 }
 
-/// How far this node's data reaches.
-pub(super) fn placement(store: &Store) -> Placement {
-    Placement {
-        epoch: store.epoch(),
-        transactions: store.transactions(),
-    }
+/// How far this node's data reaches. Whoever asks does not wait for the disk on the runtime's thread:
+/// a primary's lease must be renewed meanwhile.
+pub(super) async fn placement(store: &Arc<Store>) -> Placement {
+    let asked = store.clone();
+    let counted = task::blocking(move || Placement {
+        epoch: asked.epoch(),
+        transactions: asked.transactions(),
+    });
+    // It fails only if it panicked, and then nothing is known of the data.
+    counted.await.unwrap_or_default()
 }
 
-fn entry(store: &Store, hostname: &str, settled: bool) -> Candidate {
+async fn entry(store: &Arc<Store>, hostname: &str, settled: bool) -> Candidate {
     Candidate {
         node_id: format_node_id(store.node_id()),
         hostname: hostname.to_owned(),
-        placement: placement(store),
+        placement: placement(store).await,
         settled,
     }
 }
@@ -91,7 +97,7 @@ impl Election {
         let standing = watch::Sender::new(Standing::Settled);
         if candidate {
             let announcer = announce(store.clone(), leaser.clone(), standing.subscribe());
-            tokio::spawn(announcer);
+            task::spawn(announcer);
         }
         Election {
             store,
@@ -113,16 +119,21 @@ impl Election {
 
     /// There is no primary: is it this node's turn?
     pub async fn turn(&mut self) -> Result<Turn, LeaseError> {
-        let since = *self.vacant_since.get_or_insert_with(Instant::now);
+        let since = *self.vacant_since.get_or_insert_with(clock::now);
         self.standing.send_replace(Standing::Settled);
-        let own = entry(&self.store, self.leaser.hostname(), true);
+        let own = entry(&self.store, self.leaser.hostname(), true).await;
         if bounded(self.leaser.announce(&own)).await?.is_none() {
             return Ok(Turn::Mine);
         }
         let candidates = bounded(self.leaser.candidates()).await?;
         let recorded = bounded(self.leaser.recorded()).await?.unwrap_or_default();
         let others = candidates.iter().filter(|c| c.node_id != own.node_id);
-        let turn = decide(own.placement, others, recorded, since.elapsed());
+        let turn = decide(
+            own.placement,
+            others,
+            recorded,
+            clock::now().duration_since(since),
+        );
         match turn {
             Turn::Mine => {
                 info!(placement = ?own.placement, ?recorded, others = candidates.len().saturating_sub(1), "no primary: this node takes its turn")
@@ -163,7 +174,7 @@ async fn announce(
         let again = match now {
             Standing::Primary => Duration::MAX,
             _ => {
-                let entry = entry(&store, leaser.hostname(), now == Standing::Settled);
+                let entry = entry(&store, leaser.hostname(), now == Standing::Settled).await;
                 match bounded(leaser.announce(&entry)).await {
                     Ok(Some(lasts)) => lasts / 3,
                     Ok(None) => return,
@@ -175,6 +186,7 @@ async fn announce(
             }
         };
         tokio::select! {
+            biased;
             changed = standing.changed() => if changed.is_err() {
                 return;
             },

@@ -21,10 +21,12 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout_at};
 use tracing::debug;
 
+use crate::clock;
 use crate::ltx::Pos;
 use crate::peer::{self, Body, PeerError, Peers, refusal};
 use crate::store::{Cancelled, Decided, HALT_TTL, Outgoing, Primary, Store, Verdict};
 use crate::stream::{EPOCH_HEADER, NODE_ID_HEADER, format_node_id};
+use crate::task;
 
 use super::Status;
 
@@ -158,7 +160,7 @@ impl Link {
         let id = id.to_string();
         let query = [("name", db), ("id", &*id)];
         loop {
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.saturating_duration_since(clock::now());
             let failed = match self.ask_halt(Method::POST, primary, &query, left).await {
                 Ok(answer) if answer.status().is_success() => {
                     let renewable = answer.headers().contains_key(EPOCH_HEADER);
@@ -173,7 +175,7 @@ impl Link {
                 Ok(answer) => return Err(refusal(&answer)),
                 Err(e) => format!("{primary}: {e}"),
             };
-            if Instant::now() + RETRY >= until {
+            if clock::now() + RETRY >= until {
                 return Err(failed);
             }
             sleep(RETRY).await;
@@ -188,7 +190,7 @@ impl Link {
         let why = loop {
             let lost = since + HALT_TTL;
             let next = if renewable {
-                lost.min(Instant::now() + RENEW)
+                lost.min(clock::now() + RENEW)
             } else {
                 lost
             };
@@ -199,10 +201,10 @@ impl Link {
             if timeout_at(next.into(), moved).await.is_ok() {
                 break "another node is primary".to_owned();
             }
-            if Instant::now() >= lost {
+            if clock::now() >= lost {
                 break "it was not heard of the primary".to_owned();
             }
-            let asked = Instant::now();
+            let asked = clock::now();
             match self.ask_halt(Method::POST, &primary, &query, REQUEST).await {
                 Ok(answer) if answer.status().is_success() => since = asked,
                 Ok(answer) if answer.status().is_client_error() => break refusal(&answer),
@@ -219,7 +221,7 @@ impl Link {
             }
         };
         // The store may take this task's own end for its cue: it is not waited for.
-        drop(tokio::task::spawn_blocking(lose));
+        drop(task::blocking(lose));
     }
 
     async fn give_back(self, primary: String, db: String, id: i64) {
@@ -237,14 +239,14 @@ impl Link {
 
     /// Sends a transaction until the primary has answered.
     async fn commit(&self, primary: &str, db: &str, id: i64, ltx: &Arc<Outgoing>) -> Verdict {
-        let began = Instant::now();
+        let began = clock::now();
         let bytes = Duration::from_secs(ltx.size() / BYTES_A_SECOND);
         let until = began + COMMIT_WAIT + bytes;
         let id = id.to_string();
         // Whether the primary may have got it.
         let mut uncertain = false;
         loop {
-            let left = until.saturating_duration_since(Instant::now());
+            let left = until.saturating_duration_since(clock::now());
             let ask = Ask {
                 method: Method::POST,
                 primary,
@@ -273,7 +275,7 @@ impl Link {
                     }
                 }
                 Err(e) if e.unconnected && !uncertain => {
-                    if began.elapsed() > CONNECT_WAIT {
+                    if clock::now().duration_since(began) > CONNECT_WAIT {
                         return Verdict::Refused(format!("{primary}: {e}"));
                     }
                     sleep(RETRY).await;
@@ -282,7 +284,7 @@ impl Link {
                 Err(e) => format!("{primary}: {e}"),
             };
             uncertain = true;
-            if Instant::now() + RETRY >= until {
+            if clock::now() + RETRY >= until {
                 return Verdict::Unknown(why);
             }
             sleep(RETRY).await;
@@ -306,7 +308,7 @@ impl Primary for HaltClient {
     fn take(&self, db: &str, id: i64, until: Instant, cancelled: Cancelled) -> Result<Pos, String> {
         let primary = self.link.status.borrow().primary.clone();
         let primary = primary.ok_or("there is no primary")?.advertise_url;
-        let asked = Instant::now();
+        let asked = clock::now();
         let given_up = async {
             while !cancelled() {
                 sleep(RETRY).await;
@@ -314,6 +316,7 @@ impl Primary for HaltClient {
         };
         let taken = self.runtime.block_on(async {
             tokio::select! {
+                biased;
                 taken = self.link.take(&primary, db, id, until) => taken,
                 () = given_up => Err("it is not wanted any more".to_owned()),
             }
@@ -353,7 +356,7 @@ impl Primary for HaltClient {
         self.runtime.spawn(async move {
             let verdict = link.commit(&primary, &db, id, &ltx).await;
             // What follows from it waits for disks.
-            drop(tokio::task::spawn_blocking(move || decided.call(verdict)));
+            drop(task::blocking(move || decided.call(verdict)));
         });
     }
 }

@@ -36,11 +36,13 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
+use crate::clock;
 use crate::peer::Peers;
 use crate::store::{Role, Store, StoreError};
 use crate::stream::receiver::{Ended, Progress, Receiver, StreamError};
 use crate::stream::replicas::Replicas;
 use crate::stream::stats::Stats;
+use crate::task;
 
 use self::election::{Election, Standing, Turn};
 use self::outage::Outage;
@@ -229,8 +231,9 @@ impl Node {
                 }
                 let delay = self.config.reconnect_delay.max(Duration::from_millis(100));
                 tokio::select! {
-                    () = sleep(delay) => {}
+                    biased;
                     () = stopped(stop) => {}
+                    () = sleep(delay) => {}
                 }
                 Duration::ZERO
             }
@@ -257,6 +260,7 @@ impl Node {
         let own_id = self.store.cluster_id();
         if let (Some(theirs), Some(ours)) = (&service_id, &own_id)
             && theirs != ours
+            && !self.change_cluster(theirs).await?
         {
             return Err(Problem::lasting(format!(
                 "the lease belongs to cluster {theirs}, this node to {ours}: correct the lease's key or give this node an empty data directory"
@@ -282,7 +286,7 @@ impl Node {
         }
         let left_to_others = self
             .not_before
-            .and_then(|until| until.checked_duration_since(Instant::now()));
+            .and_then(|until| until.checked_duration_since(clock::now()));
         self.no_primary().await;
         if let Some(wait) = left_to_others {
             return Ok(wait);
@@ -300,6 +304,23 @@ impl Node {
             return Ok(MAX_RECONNECT_DELAY);
         }
         self.stand(stop).await
+    }
+
+    /// Joins the service's cluster if this node has never had data; whether it did. A node that ends
+    /// between making an ID and setting it at the service is left with one that is nobody's.
+    async fn change_cluster(&self, id: &str) -> Result<bool, Problem> {
+        let theirs = id.to_owned();
+        let changed = self.off_thread(move |store| store.change_cluster_id(&theirs));
+        let changed = changed
+            .await
+            .map_err(|e| Problem::lasting(format!("cannot keep the cluster ID: {e}")))?;
+        if changed {
+            info!(
+                cluster = id,
+                "this node has no data: it joins the lease's cluster"
+            );
+        }
+        Ok(changed)
     }
 
     /// A candidate without a primary: acquires the lease, if it is this node's turn.
@@ -340,9 +361,10 @@ impl Node {
             }
         };
         tokio::select! {
+            biased;
+            () = stopped(stop) => {}
             () = news => {}
             () = sleep(wait) => {}
-            () = stopped(stop) => {}
         }
     }
 
@@ -364,7 +386,7 @@ impl Node {
         let receiver = self.receiver.clone();
         let target = primary.clone();
         let confirmed = self.refused.take().as_ref() == Some(&primary);
-        let mut stream = tokio::spawn(async move {
+        let mut stream = task::spawn(async move {
             receiver
                 .follow(&target, confirmed, &mut cancelled, progress)
                 .await
@@ -392,7 +414,7 @@ impl Node {
                     // stream: its last words may still be on their way.
                     watching = false;
                     let cancel = cancel.clone();
-                    tokio::spawn(async move {
+                    task::spawn(async move {
                         sleep(LAST_WORDS).await;
                         cancel.send_replace(true);
                     });
@@ -476,7 +498,7 @@ impl Node {
                     let node_id = self.store.node_id();
                     let peers = Arc::clone(&self.peers);
                     let promoter = Promoter::new(true, node_id, peers, self.status.subscribe());
-                    tokio::spawn(async move {
+                    task::spawn(async move {
                         if let Err(error) = promoter.promote().await {
                             warn!(%error, "lease.promote: this node does not become primary");
                         }
@@ -521,7 +543,7 @@ impl Node {
         work: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, String> {
         let store = Arc::clone(&self.store);
-        match tokio::task::spawn_blocking(move || work(&store)).await {
+        match task::blocking(move || work(&store)).await {
             Ok(done) => done.map_err(|e| e.to_string()),
             Err(_) => Err("a thread of the store panicked".into()),
         }

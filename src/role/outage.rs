@@ -6,10 +6,15 @@ use std::time::{Duration, Instant};
 use tenure_lease::PrimaryInfo;
 use tracing::{debug, info, warn};
 
+use crate::clock;
 use crate::stream::receiver::StreamError;
 
 /// At most one line in this time about one lasting trouble.
 const QUIET: Duration = Duration::from_secs(60);
+
+fn since_then(at: Instant) -> Duration {
+    clock::now().duration_since(at)
+}
 
 /// The state of the way to the primary.
 pub(super) struct Outage {
@@ -44,12 +49,12 @@ impl Outage {
     pub(super) fn failed(&mut self, primary: &PrimaryInfo, error: &StreamError) -> Duration {
         let (first, longest) = self.delays;
         let (since, delay) = match self.on {
-            None => (Instant::now(), first),
+            None => (clock::now(), first),
             Some((since, delay)) => (since, (delay * 2).min(longest)),
         };
         self.on = Some((since, delay));
-        if self.logged.is_none_or(|at| at.elapsed() >= QUIET) {
-            self.logged = Some(Instant::now());
+        if self.logged.is_none_or(|at| since_then(at) >= QUIET) {
+            self.logged = Some(clock::now());
             warn!(primary = primary.hostname, %error, "not replicating; trying again until it works");
         } else {
             debug!(primary = primary.hostname, %error, "not replicating");
@@ -62,7 +67,7 @@ impl Outage {
         if let Some((since, _)) = self.on.take() {
             // A trouble that comes back within the minute stays as quiet as one that lasts.
             if self.logged.is_some_and(|at| at >= since) {
-                let seconds = since.elapsed().as_secs();
+                let seconds = since_then(since).as_secs();
                 info!(primary = primary.hostname, seconds, "replicating again");
                 self.following = Some(primary.clone());
             }
@@ -94,10 +99,10 @@ pub(super) struct Complaint(Vec<(String, Instant)>);
 impl Complaint {
     /// Whether trouble of this kind is to be logged now. A minute has at most [`TROUBLES`] kinds.
     pub(super) fn is_due(&mut self, kind: &str) -> bool {
-        self.0.retain(|(_, at)| at.elapsed() < QUIET);
+        self.0.retain(|(_, at)| since_then(*at) < QUIET);
         let due = self.0.len() < TROUBLES && self.0.iter().all(|(said, _)| said != kind);
         if due {
-            self.0.push((kind.to_owned(), Instant::now()));
+            self.0.push((kind.to_owned(), clock::now()));
         }
         due
     }

@@ -6,13 +6,14 @@
 //! handed over: from the moment when it may have been sent, this node neither renews nor closes it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tenure_lease::{Lease, LeaseError, Placement, PrimaryInfo};
 use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, error, info, warn};
 
+use crate::clock;
 use crate::store::Role;
 
 use super::command::{CommandError, What};
@@ -87,7 +88,7 @@ impl Node {
             give_up(lease.as_ref()).await;
         }
         if let End::Demoted(done) = end {
-            self.not_before = Some(Instant::now() + self.config.demote_delay);
+            self.not_before = Some(clock::now() + self.config.demote_delay);
             let _ = done.send(Ok(()));
         }
         Duration::ZERO
@@ -95,6 +96,7 @@ impl Node {
 
     async fn take_office(&mut self, lease: &dyn Lease) -> Result<(), String> {
         self.agree_on_cluster().await?;
+        self.off_thread(|store| store.prepare_writes()).await?;
         let end = lease
             .ttl()
             .map(|ttl| hold::reliable_until(lease.renewed_at(), ttl));
@@ -271,11 +273,12 @@ impl Node {
         let mut changes = self.store.subscribe();
         let mut recorded = Placement::default();
         loop {
-            let now = placement(&self.store);
+            let now = placement(&self.store).await;
             if now != recorded && self.record(lease).await {
                 recorded = now;
             }
             tokio::select! {
+                biased;
                 _ = changes.changed(), if recorded.transactions == 0 => {}
                 renewed = renewals.changed() => if renewed.is_err() {
                     return std::future::pending().await;
@@ -285,7 +288,8 @@ impl Node {
     }
 
     async fn record(&self, lease: &dyn Lease) -> bool {
-        let recorded = bounded(lease.record(placement(&self.store))).await;
+        let placement = placement(&self.store).await;
+        let recorded = bounded(lease.record(placement)).await;
         if let Err(error) = &recorded {
             debug!(%error, "this primary's placement could not be recorded");
         }

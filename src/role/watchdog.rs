@@ -10,6 +10,8 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 
+use crate::clock;
+
 use super::Status;
 
 #[derive(Debug)]
@@ -31,6 +33,16 @@ impl Watchdog {
             changed: Condvar::new(),
         });
         let watched = shared.clone();
+        #[cfg(test)]
+        if crate::sim::process::current().is_some() {
+            // Threads have no part in a simulation.
+            crate::task::spawn(async move {
+                while let Some(at) = watched.check(&status) {
+                    tokio::time::sleep_until(at.into()).await;
+                }
+            });
+            return Ok(Watchdog(shared));
+        }
         std::thread::Builder::new()
             .name("tenure-watchdog".into())
             .spawn(move || watched.watch(&status))?;
@@ -53,16 +65,24 @@ impl Drop for Watchdog {
 
 impl Shared {
     fn watch(&self, status: &watch::Sender<Status>) {
-        let mut end = self.end.lock();
-        while let Some(at) = *end {
-            if Instant::now() < at {
+        while let Some(at) = self.check(status) {
+            let mut end = self.end.lock();
+            if *end == Some(at) {
                 self.changed.wait_until(&mut end, at);
-                continue;
             }
-            status.send_if_modified(|s| std::mem::replace(&mut s.is_primary, false));
-            tracing::debug!("the watchdog has ended this primary: its lease is over");
-            return;
         }
+    }
+
+    /// Ends this primary if its lease is over; else gives the moment when that will be, unless the
+    /// watch is over.
+    fn check(&self, status: &watch::Sender<Status>) -> Option<Instant> {
+        let end = (*self.end.lock())?;
+        if clock::now() < end {
+            return Some(end);
+        }
+        status.send_if_modified(|s| std::mem::replace(&mut s.is_primary, false));
+        tracing::debug!("the watchdog has ended this primary: its lease is over");
+        None
     }
 }
 

@@ -8,8 +8,9 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
-use std::thread;
 use std::time::{Duration, Instant};
+
+use crate::clock;
 
 /// Database file: held while a writer waits for readers to go; keeps new ones out. It is at 1 GiB,
 /// in the page that no database uses.
@@ -109,11 +110,11 @@ pub fn lock_until(
         if try_lock(fd, kind, start, len)? {
             return Ok(true);
         }
-        let left = deadline.saturating_duration_since(Instant::now());
+        let left = deadline.saturating_duration_since(clock::now());
         if left.is_zero() {
             return Ok(false);
         }
-        thread::sleep(pause.min(left));
+        clock::pause(pause.min(left));
         pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }

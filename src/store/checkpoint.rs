@@ -11,6 +11,8 @@ use std::time::Duration;
 
 use crate::ltx::Pos;
 
+use crate::task;
+
 use super::context::Job;
 use super::database::{Database, DbFile, FileKind, State};
 use super::error::StoreError;
@@ -73,7 +75,7 @@ impl Database {
 
     /// `again`: also if the position is saved already.
     fn save_checkpoint(self: &Arc<Self>, again: bool) -> Result<(), StoreError> {
-        let _one = self.checkpointing.lock();
+        let _one = task::lock(&self.checkpointing);
         let (changes, header, file) = {
             let mut st = self.lock();
             self.check_usable(&st)?;

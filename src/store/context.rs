@@ -23,6 +23,7 @@ use super::forward::Primary;
 use super::front::Front;
 use super::gate::Gate;
 use super::index::WRITER_WAIT;
+use super::lives::Lives;
 
 /// Settings of a store.
 #[derive(Clone, Debug)]
@@ -151,6 +152,8 @@ pub struct Context {
     pub options: Options,
     /// Random, new at every start, never 0.
     pub node_id: u64,
+    /// In which lives this node has taken writes.
+    pub lives: Lives,
     /// The gate of commits.
     pub gate: Arc<Gate>,
     /// There is a backup, which may need any record of the log that it is not known to have.
@@ -214,7 +217,7 @@ impl Subscription {
 
 impl Context {
     /// Starts the two threads, if they are to be; they end when the context is dropped.
-    pub fn start(options: Options) -> Arc<Context> {
+    pub fn start(options: Options, lives: Lives) -> Arc<Context> {
         let (jobs, job_queue) = mpsc::channel();
         let (waiting, job_queue) = match options.background {
             Background::Threads => (None, Some(job_queue)),
@@ -223,6 +226,7 @@ impl Context {
         let context = Arc::new(Context {
             node_id: options.random.next().max(1),
             options,
+            lives,
             gate: Arc::default(),
             backup: AtomicBool::new(false),
             next_ino: AtomicU64::new(16),
@@ -394,10 +398,11 @@ fn run(job: Job, front: Option<Arc<dyn Front>>, wait: Duration) {
     }
 }
 
-fn flush_all(mut dbs: Vec<Weak<Database>>) {
-    dbs.sort_by_key(Weak::as_ptr);
-    dbs.dedup_by_key(|d| d.as_ptr());
-    for db in dbs.iter().filter_map(Weak::upgrade) {
+fn flush_all(dbs: Vec<Weak<Database>>) {
+    let mut dbs: Vec<Arc<Database>> = dbs.iter().filter_map(Weak::upgrade).collect();
+    dbs.sort_by(|a, b| a.name().cmp(b.name()));
+    dbs.dedup_by(|a, b| Arc::ptr_eq(a, b));
+    for db in dbs {
         // A failure is logged by the log, which then takes no more commits.
         db.log().flush(|_| {});
         db.note_flushed(db.log().flushed_txid());

@@ -149,20 +149,39 @@ impl Database {
         Ok(())
     }
 
-    /// Without the sender's word: what this node made itself since it started, and what the
-    /// snapshot does not reach. `None`: some of it is not in the log any more.
+    /// Without the sender's word: what this node made itself, in this life or another, since it last
+    /// received something, and what the snapshot does not reach. `None`: some of it is, or may be,
+    /// not in the log any more.
     fn unshared(
         &self,
         incoming: &Incoming,
         here: Pos,
     ) -> Result<Option<Vec<LogRecord>>, StoreError> {
-        let (log, reaches, own) = (self.log(), incoming.header.max_txid, self.context.node_id);
-        let first = log.first_txid();
+        let reaches = incoming.header.max_txid;
+        let first = self.log().first_txid();
         if here.txid > reaches && first > reaches.saturating_add(1) {
             return Ok(None);
         }
+        // What came from another node came with all that was before it.
+        let mut own_since = first.max(1);
+        let mut received = first <= 1;
+        let mut next = own_since;
+        while next <= here.txid {
+            let Some(record) = self.log().read(next)? else {
+                return Ok(None);
+            };
+            let header = record.ltx_header()?;
+            next = record.header.max_txid.saturating_add(1);
+            let node = header.node_id;
+            if node != self.context.node_id && !self.context.lives.has(node) {
+                (own_since, received) = (next, true);
+            }
+        }
+        if own_since <= here.txid && !received {
+            return Ok(None);
+        }
         self.records(first.max(1), here.txid, |h| {
-            h.node_id == own || h.max_txid > reaches
+            h.min_txid >= own_since || h.max_txid > reaches
         })
     }
 

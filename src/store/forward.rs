@@ -20,7 +20,10 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::clock;
 use crate::ltx::Pos;
+
+use crate::task;
 
 use super::capture::Captured;
 use super::context::Job;
@@ -240,10 +243,10 @@ impl Database {
     fn enter_taking(&self, until: Instant, cancelled: Cancelled) -> Result<(), StoreError> {
         let mut state = self.hold.state.lock();
         while state.phase != Phase::Free {
-            if cancelled() || Instant::now() >= until {
+            if cancelled() || clock::now() >= until {
                 return Err(self.halt_error("the halt lock is in use on this node"));
             }
-            let step = until.min(Instant::now() + CANCEL_CHECK);
+            let step = until.min(clock::now() + CANCEL_CHECK);
             self.hold.changed.wait_until(&mut state, step);
         }
         self.hold.set(&mut state, Phase::Taking);
@@ -258,11 +261,11 @@ impl Database {
         cancelled: Cancelled,
     ) -> Result<(), StoreError> {
         loop {
-            let pos = self.wait_pos(wanted, until.min(Instant::now() + CANCEL_CHECK));
+            let pos = self.wait_pos(wanted, until.min(clock::now() + CANCEL_CHECK));
             if pos == wanted {
                 return Ok(());
             }
-            if cancelled() || Instant::now() >= until {
+            if cancelled() || clock::now() >= until {
                 return Err(self.halt_error(format!(
                     "the halt lock is for position {wanted}, this replica is at {pos}"
                 )));
@@ -273,7 +276,7 @@ impl Database {
     /// Makes the database the applications', if it is where the lock is.
     fn begin_hold(self: &Arc<Self>, id: i64, pos: Pos) -> Result<(), StoreError> {
         // The applier is not in the middle of anything, and comes to see that the lock is held.
-        let mut locks = self.replica.lock();
+        let mut locks = task::lock(&self.replica);
         self.check_usable(&self.lock())?;
         if self.captured_pos() != pos || self.context.is_writable() {
             return Err(self.halt_error("the position moved while the halt lock was taken"));

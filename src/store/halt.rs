@@ -20,9 +20,12 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::clock;
 use crate::ltx::Pos;
 use crate::sqlite::locks::{self, LockKind, WAL_WRITE_LOCK};
 use crate::sqlite::wal_index::{IndexHeader, READ_MARK_UNUSED, READ_MARKS, WalIndex};
+
+use crate::task;
 
 use super::Store;
 use super::context::Job;
@@ -99,14 +102,14 @@ impl Database {
         ttl: Duration,
         wait: Duration,
     ) -> Result<Pos, StoreError> {
-        let until = Instant::now() + wait;
+        let until = clock::now() + wait;
         {
             let mut slot = self.halt.slot.lock();
             loop {
                 match &mut *slot {
                     Slot::Free => break,
                     Slot::Held(grant) if grant.id == id && grant.node == node => {
-                        grant.expires = Instant::now() + ttl;
+                        grant.expires = clock::now() + ttl;
                         drop(slot);
                         return Ok(self.captured_pos());
                     }
@@ -123,7 +126,7 @@ impl Database {
         }
         let taken = self.take_locks(Some(id), until, |db| {
             db.log().flush_wait()?;
-            let expires = Instant::now() + ttl;
+            let expires = clock::now() + ttl;
             db.halt.set(Slot::Held(Grant { id, node, expires }));
             Ok(db.captured_pos())
         });
@@ -155,7 +158,7 @@ impl Database {
                 return Err(self.halt_error("the halt lock was given up before it was granted"));
             }
             // Not held while waiting: others look after the WAL index in between.
-            let mut locks = self.replica.lock();
+            let mut locks = task::lock(&self.replica);
             let done = match self.try_halt_locks(&mut locks) {
                 Ok(true) => Some(then(self)),
                 Ok(false) => None,
@@ -170,10 +173,10 @@ impl Database {
                 None => locks.close(self),
             }
             drop(locks);
-            if Instant::now() >= until {
+            if clock::now() >= until {
                 return Err(self.halt_error("a local writer does not end its transaction"));
             }
-            std::thread::sleep(LOCK_PAUSE);
+            clock::pause(LOCK_PAUSE);
         }
     }
 
@@ -286,7 +289,7 @@ impl Database {
     pub fn renew_halt(&self, id: i64, node: u64, ttl: Duration) -> bool {
         match &mut *self.halt.slot.lock() {
             Slot::Held(grant) if grant.id == id && grant.node == node => {
-                grant.expires = Instant::now() + ttl;
+                grant.expires = clock::now() + ttl;
                 true
             }
             _ => false,
@@ -306,7 +309,7 @@ impl Database {
     /// Takes the lock of this ID back if its time is over; else says when to ask again, `None` if it
     /// is not given any more.
     pub fn expire_halt(self: &Arc<Self>, id: i64) -> Option<Instant> {
-        let now = Instant::now();
+        let now = clock::now();
         let expired = |grant: &Grant| grant.id == id && grant.expires <= now;
         if self.take_back_halt(expired) {
             tracing::warn!(
@@ -329,7 +332,7 @@ impl Database {
         if !self.halt.grant().is_some_and(|grant| meant(&grant)) {
             return false;
         }
-        let mut locks = self.replica.lock();
+        let mut locks = task::lock(&self.replica);
         if !self.halt.grant().is_some_and(|grant| meant(&grant)) {
             return false;
         }
@@ -355,7 +358,7 @@ impl Database {
     ) -> Result<(), StoreError> {
         let pass = self.context.gate.pass();
         let pass = pass.ok_or_else(|| StoreError::NotPrimary(self.name.clone()))?;
-        let mut locks = self.replica.lock();
+        let mut locks = task::lock(&self.replica);
         // A retry, whose first answer was lost.
         if let Common::At(_) = self.newest_common(&[incoming.pos()]) {
             return self.verdict(&pass);
@@ -390,12 +393,12 @@ impl Database {
         if locks.held == Some(wanted) {
             return Ok(());
         }
-        let until = Instant::now() + REGAIN_WAIT;
+        let until = clock::now() + REGAIN_WAIT;
         locks.close(self);
         loop {
             match self.try_halt_locks(locks) {
                 Ok(true) => return Ok(()),
-                Ok(false) if Instant::now() < until => std::thread::sleep(LOCK_PAUSE),
+                Ok(false) if clock::now() < until => clock::pause(LOCK_PAUSE),
                 other => {
                     self.give_up(locks);
                     return other.and(Err(self.halt_error(

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::MutexGuard;
 
+use crate::clock;
 use crate::ltx::{self, Encoder, Header, Pos};
 use crate::sqlite::header::{self, DbHeader};
 use crate::sqlite::locks::{LockGuard, LockKind, RESERVED_BYTE, WAL_CKPT_LOCK, WAL_WRITE_LOCK};
@@ -322,7 +323,7 @@ impl Drop for Importing<'_> {
 
 impl Database {
     fn replace(self: &Arc<Self>, c: &mut Replacement<'_>) -> Result<Pos, StoreError> {
-        let deadline = Instant::now() + READER_WAIT;
+        let deadline = clock::now() + READER_WAIT;
         let mut locks = self.alone(deadline)?;
         let created = self.make_file()?;
         let result = self.replace_once_idle(&mut locks, c, deadline);
@@ -346,10 +347,10 @@ impl Database {
                 return Ok(locks);
             }
             drop(locks);
-            if Instant::now() >= deadline {
+            if clock::now() >= deadline {
                 return Err(lock_timeout(self, "the halt lock, which a replica has"));
             }
-            std::thread::sleep(HALT_PAUSE);
+            clock::pause(HALT_PAUSE);
         }
     }
 
@@ -407,7 +408,7 @@ impl Database {
             if let Some(pos) = imported {
                 return Ok(pos);
             }
-            if Instant::now() >= deadline {
+            if clock::now() >= deadline {
                 return Err(lock_timeout(self, "connections to keep one journal mode"));
             }
         }
@@ -443,10 +444,10 @@ impl Database {
         };
         let mut exclusive = None;
         if wal_mode || hot {
-            let slice = deadline.min(Instant::now() + SLICE);
+            let slice = deadline.min(clock::now() + SLICE);
             match Exclusive::acquire(self, &file, slice, false, false) {
                 Ok(e) => exclusive = Some(e),
-                Err(StoreError::LockTimeout { .. }) if Instant::now() < deadline => {
+                Err(StoreError::LockTimeout { .. }) if clock::now() < deadline => {
                     return Ok(None);
                 }
                 Err(e) => return Err(e),

@@ -7,8 +7,9 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::clock;
 use crate::sqlite::locks::{LockGuard, LockKind, WAL_WRITE_LOCK};
 use crate::sqlite::wal_index::WalIndex;
 
@@ -69,7 +70,7 @@ impl Database {
             .file
             .try_clone()
             .map_err(StoreError::io("reopen", self.mount_name(FileKind::Shm)))?;
-        let deadline = Instant::now() + wait;
+        let deadline = clock::now() + wait;
         let lock = LockGuard::acquire(fd.as_fd(), LockKind::Exclusive, WAL_WRITE_LOCK, 1, deadline)
             .map_err(StoreError::io("lock", self.mount_name(FileKind::Shm)))?;
         // A living writer publishes by itself.

@@ -22,6 +22,7 @@ use parking_lot::{Mutex, MutexGuard};
 
 use crc_fast::CrcAlgorithm::Crc64GoIso;
 
+use crate::clock;
 use crate::ltx;
 
 use super::context::{Options, Random};
@@ -149,7 +150,7 @@ impl Log {
             cut: false,
             inner: Mutex::new(Inner {
                 segments,
-                began: Instant::now(),
+                began: clock::now(),
                 seq: 0,
                 flushed_txid,
                 history: 0,
@@ -276,7 +277,9 @@ impl Log {
         let rotate = match inner.segments.back() {
             None => true,
             Some(_) if replaces || min_txid != max_txid || inner.ended => true,
-            Some(s) => s.tail > SEGMENT_SIZE || inner.began.elapsed() > self.segment_age,
+            Some(s) => {
+                s.tail > SEGMENT_SIZE || clock::now().duration_since(inner.began) > self.segment_age
+            }
         };
         if rotate {
             self.rotate(&mut inner, min_txid, max_txid, replaces)?;
@@ -328,7 +331,7 @@ impl Log {
         }
         inner.unsynced.push(dir);
         inner.segments.push_back(new);
-        inner.began = Instant::now();
+        inner.began = clock::now();
         inner.ended = false;
         Ok(())
     }
@@ -472,6 +475,14 @@ impl Log {
             // The receiver waits until this is called.
             tx.send(r).ok();
         });
+        #[cfg(test)]
+        while crate::sim::process::in_coroutine() {
+            match rx.try_recv() {
+                Ok(r) => return r.map_err(StoreError::io("flush log", &self.dir)),
+                Err(std::sync::mpsc::TryRecvError::Disconnected) => break,
+                Err(_) => crate::clock::pause(Duration::from_millis(1)),
+            }
+        }
         rx.recv()
             .unwrap_or_else(|_| Err(io::Error::other("flush abandoned")))
             .map_err(StoreError::io("flush log", &self.dir))

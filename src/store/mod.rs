@@ -41,6 +41,7 @@ mod import;
 mod index;
 mod intent;
 mod litefs;
+mod lives;
 mod log;
 mod log_recovery;
 mod mend;
@@ -61,7 +62,7 @@ mod snapshot;
 mod sums;
 mod super_journal;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod wal;
 
 pub use context::{Background, Event, Options, Random, Subscription};
@@ -146,7 +147,8 @@ impl Store {
             .disk
             .temporary(&dir)
             .map_err(StoreError::io("write to data directory", &dir))?;
-        let context = Context::start(options);
+        let lives = lives::Lives::open(&disk, &dir)?;
+        let context = Context::start(options, lives);
         let store = Store {
             cluster_id: RwLock::new(read_cluster_id(&*disk, &dir)?),
             epoch: epoch::Epoch::open(&disk, &dir)?,
@@ -251,6 +253,21 @@ impl Store {
         write_cluster_id(self.disk(), self.data_dir(), id)?;
         *current = Some(id.to_owned());
         Ok(())
+    }
+
+    /// Leaves the cluster that this data directory belongs to for another one, if it has never had a
+    /// database; whether it has.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn change_cluster_id(&self, id: &str) -> Result<bool, StoreError> {
+        let mut current = self.cluster_id.write();
+        if !self.databases.read().values().all(|db| db.is_nothing()) {
+            return Ok(false);
+        }
+        write_cluster_id(self.disk(), self.data_dir(), id)?;
+        *current = Some(id.to_owned());
+        Ok(true)
     }
 
     /// All databases, dropped ones included.

@@ -9,6 +9,8 @@ use std::sync::Arc;
 use crate::ltx::{self, Decoder, Header, Pos};
 use crate::sqlite::header::DbHeader;
 
+use crate::task;
+
 use super::Store;
 use super::capture::Captured;
 use super::database::{Database, State};
@@ -290,7 +292,7 @@ impl Database {
     /// Applies a checked file; see the `replica` module for how.
     pub(super) fn apply(self: &Arc<Self>, mut incoming: Incoming) -> Result<Received, StoreError> {
         let mut locks = loop {
-            let locks = self.replica.lock();
+            let locks = task::lock(&self.replica);
             if !self.holds_halt() {
                 break locks;
             }

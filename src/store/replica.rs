@@ -15,8 +15,11 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::ltx::Decoder;
 use crate::sqlite::locks::{self, LockGuard, LockKind};
+
+use crate::task;
 
 use super::capture::Captured;
 use super::database::{Database, FileKind, State};
@@ -72,7 +75,7 @@ impl ReplicaLocks {
     /// be called with RESERVED.
     pub fn clear_dead_transaction(&mut self, db: &Database, ino: u64) -> Result<(), StoreError> {
         let file = self.database(db, ino)?;
-        let _exclusive = Exclusive::acquire(db, file, Instant::now() + READER_WAIT, false, true)?;
+        let _exclusive = Exclusive::acquire(db, file, clock::now() + READER_WAIT, false, true)?;
         db.roll_back(&mut db.lock())?;
         if let Some(front) = db.context.front() {
             front.invalidate_data(ino, 0, 0);
@@ -108,7 +111,7 @@ impl ReplicaLocks {
             return Ok(());
         }
         let file = self.database(db, ino)?;
-        let deadline = Instant::now() + READER_WAIT;
+        let deadline = clock::now() + READER_WAIT;
         let locked = locks::lock_until(
             file.as_fd(),
             LockKind::Shared,
@@ -308,7 +311,7 @@ impl Database {
         locks: &mut ReplicaLocks,
         ino: u64,
     ) -> Result<bool, StoreError> {
-        match self.leave_wal(locks, ino, Instant::now()) {
+        match self.leave_wal(locks, ino, clock::now()) {
             Ok(()) => Ok(true),
             Err(StoreError::LockTimeout { .. }) => Ok(false),
             Err(e) => Err(e),
@@ -440,7 +443,7 @@ impl Database {
         let reserved = locks.held == Some(Held::Reserved);
         let file = locks.database(self, ino)?;
         let exclusive =
-            Exclusive::acquire(self, file, Instant::now() + READER_WAIT, false, reserved)?;
+            Exclusive::acquire(self, file, clock::now() + READER_WAIT, false, reserved)?;
         // Before it is logged: after that, a full disk would cost the database.
         let size = u64::from(c.commit) * u64::from(c.page_size);
         self.reserve(&mut self.lock(), size)?;
@@ -571,7 +574,7 @@ impl Database {
     /// The applier's end: a WAL that the database asks for no more goes if nobody uses it, and all
     /// locks are given up.
     pub(super) fn settle_as_primary(self: &Arc<Self>) -> Result<(), StoreError> {
-        let mut locks = self.replica.lock();
+        let mut locks = task::lock(&self.replica);
         let exists = self.lock().page_count > 0;
         let settled = if exists {
             self.settle_mode(&mut locks)
@@ -584,7 +587,7 @@ impl Database {
 
     /// After the role or the mount changed: nothing of the old one is held on to.
     pub(super) fn release_locks(&self) {
-        self.replica.lock().close(self);
+        task::lock(&self.replica).close(self);
     }
 }
 
@@ -601,7 +604,7 @@ pub(super) fn index_lock<'a>(
         LockKind::Exclusive,
         start,
         len,
-        Instant::now() + READER_WAIT,
+        clock::now() + READER_WAIT,
     )
     .map_err(StoreError::io("lock", db.mount_name(FileKind::Shm)))?
     .ok_or_else(|| held_lock_timeout(db, file.as_fd(), (start, len), name))

@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::clock;
 use crate::sqlite::locks::{self, LockKind, WAL_CKPT_LOCK, WAL_WRITE_LOCK, wal_read_lock};
 use crate::sqlite::wal::{FRAME_HEADER_SIZE, FrameHeader, WAL_HEADER_SIZE, WalHeader};
 use crate::sqlite::wal_index::{IndexHeader, READ_MARK_UNUSED, READ_MARKS, WalIndex};
@@ -68,7 +69,7 @@ impl Database {
         };
         if self.lock().wal_has_other_pages(c.page_size) {
             let _checkpointer = index_lock(self, &fd, WAL_CKPT_LOCK, 1, "the WAL's CKPT lock")?;
-            self.empty_wal(shared, ino, Instant::now() + READER_WAIT)?;
+            self.empty_wal(shared, ino, clock::now() + READER_WAIT)?;
         }
         let start = {
             let mut st = self.lock();
@@ -274,10 +275,10 @@ impl Database {
     ) -> Result<(), StoreError> {
         self.log().flush_wait()?;
         while !self.try_empty_wal(shared, ino)? {
-            if Instant::now() >= deadline {
+            if clock::now() >= deadline {
                 return Err(lock_timeout(self, "readers to end, for another page size"));
             }
-            std::thread::sleep(DRAIN_PAUSE);
+            clock::pause(DRAIN_PAUSE);
         }
         Ok(())
     }

@@ -18,6 +18,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::task;
+
 use super::context::{Event, Job};
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
@@ -40,7 +42,7 @@ impl Store {
     /// time, on commits in flight and on a transaction that is being applied. Transactions that
     /// applications have open when it stops being primary fail.
     pub fn set_role(&self, role: Role) {
-        let _one = self.role_change.lock();
+        let _one = task::lock(&self.role_change);
         let is_primary = role == Role::Primary;
         if !is_primary {
             self.context.gate.set_primary(false);
@@ -53,7 +55,10 @@ impl Store {
             if old != role {
                 self.databases().iter().for_each(Database::promote);
             }
-            self.context.gate.set_primary(true);
+            match self.prepare_writes() {
+                Ok(()) => self.context.gate.set_primary(true),
+                Err(e) => tracing::error!(error = %e, "this primary takes no writes"),
+            }
             // One that was being taken meanwhile; from now on none is.
             self.databases().iter().for_each(|db| db.end_hold(None));
         } else {
@@ -78,6 +83,12 @@ impl Store {
                 Role::Primary => None,
             },
         });
+    }
+
+    /// Notes that this life of the node is one in which it takes writes: on disk when this returns.
+    /// Without it none are taken.
+    pub fn prepare_writes(&self) -> Result<(), StoreError> {
+        self.context.lives.add(self.context.node_id)
     }
 
     fn demote(&self) {

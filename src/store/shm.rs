@@ -7,8 +7,9 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use crate::clock;
 use crate::sqlite::locks::{self, LockKind};
 use crate::sqlite::wal_index::{REGION_SIZE, WalIndex};
 
@@ -37,7 +38,7 @@ impl SharedIndex {
         let name = db.mount_name(FileKind::Shm);
         let io = |e| StoreError::io("open WAL index", &name)(e);
         let file = db.open_in_mount(FileKind::Shm).map_err(io)?;
-        let deadline = Instant::now() + DMS_WAIT;
+        let deadline = clock::now() + DMS_WAIT;
         if !locks::lock_until(file.as_fd(), LockKind::Shared, locks::WAL_DMS, 1, deadline)
             .map_err(io)?
         {

@@ -30,14 +30,15 @@ use bytes::{Buf, Bytes};
 use http::{Request, Response, StatusCode, Uri, Version};
 use parking_lot::Mutex;
 use tenure_lease::PrimaryInfo;
-use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use crate::clock;
 use crate::ltx::{HEADER_SIZE, Header, Pos};
 use crate::peer::{self, Incoming, PeerError, Peers};
 use crate::store::{Common, Store, StoreError, check_database};
+use crate::task;
 
 use super::common;
 use super::frame::{ChunkReader, Frame, FrameError};
@@ -254,7 +255,7 @@ impl Receiver {
             },
             ready: false,
         };
-        let applier = tokio::task::spawn_blocking(move || applier.run(bytes));
+        let applier = task::blocking(move || applier.run(bytes));
         let pumped = pump(response, feed, cancel).await;
         let applied = match timeout(JOIN_TIMEOUT, applier).await {
             Ok(joined) => joined.map_err(|_| StreamError::Panic)?,
@@ -293,7 +294,7 @@ impl Receiver {
     /// Posts the positions, and checks who answers.
     async fn connect(&self, url: &Uri) -> Result<Response<Incoming>, StreamError> {
         let reader = self.clone();
-        let positions = tokio::task::spawn_blocking(move || reader.positions())
+        let positions = task::blocking(move || reader.positions())
             .await
             .map_err(|_| StreamError::Panic)?;
         let mut request = Request::post(url.clone())
@@ -340,7 +341,7 @@ impl Receiver {
             }),
             None => {
                 let store = Arc::clone(&self.store);
-                tokio::task::spawn_blocking(move || store.set_cluster_id(&theirs))
+                task::blocking(move || store.set_cluster_id(&theirs))
                     .await
                     .map_err(|_| StreamError::Panic)?
                     .map_err(StreamError::ClusterId)
@@ -426,7 +427,7 @@ impl Origin {
         if self.epoch.is_none() {
             return Common::Unknown;
         }
-        match Handle::current().block_on(self.ask(name, history)) {
+        match task::wait(self.ask(name, history)) {
             Ok(bytes) => match common::decode(&bytes).as_deref() {
                 Some([pos]) => Common::At(*pos),
                 Some([]) => Common::Nothing,
@@ -616,9 +617,9 @@ impl ChannelReader {
 
     /// The next bytes; `None` at the end.
     fn next(&mut self) -> io::Result<Option<Bytes>> {
-        let begun = Instant::now();
-        let bytes = self.bytes.blocking_recv();
-        self.waited += begun.elapsed();
+        let begun = clock::now();
+        let bytes = task::wait(self.bytes.recv());
+        self.waited += clock::now().duration_since(begun);
         self.came += bytes.as_ref().map_or(0, |bytes| bytes.len() as u64);
         let patience = FRAME_PATIENCE + Duration::from_secs(self.came / BYTES_A_SECOND);
         if self.waited > patience {

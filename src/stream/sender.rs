@@ -29,13 +29,13 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout, timeout_at};
 use tracing::warn;
 
 use crate::ltx::Pos;
 use crate::store::{Database, LargeRecord, Next, Record, Store, StoreError, Subscription};
+use crate::task;
 
 use super::frame::{ChunkWriter, Frame, encode_ltx};
 use super::parse_node_id;
@@ -168,6 +168,7 @@ pub async fn run(
     let drive = sender.drive(stopped, &mut registration.orders);
     tokio::pin!(drive, stop);
     tokio::select! {
+        biased;
         ended = &mut drive => return ended,
         () = &mut stop => {}
     }
@@ -416,9 +417,8 @@ impl Sender<'_> {
             deadline: Instant::now() + self.limits.snapshot,
             out: self.out.clone(),
             cancelled,
-            runtime: Handle::current(),
         };
-        let pos = tokio::task::spawn_blocking(move || job.run(write))
+        let pos = task::blocking(move || job.run(write))
             .await
             .map_err(|_| SendError::Panic)??;
         self.stats.count_sent(name, kind);
@@ -432,7 +432,7 @@ impl Sender<'_> {
         db: &str,
         work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, SendError> {
-        let mut task = tokio::task::spawn_blocking(work);
+        let mut task = task::blocking(work);
         loop {
             tokio::select! {
                 biased;
@@ -507,7 +507,6 @@ struct FileJob {
     deadline: Instant,
     out: mpsc::Sender<Bytes>,
     cancelled: watch::Receiver<()>,
-    runtime: Handle,
 }
 
 impl FileJob {
@@ -542,7 +541,7 @@ impl FileJob {
             ..
         } = self;
         let until = (*deadline).min(Instant::now() + self.limits.send);
-        let sent = self.runtime.block_on(async {
+        let sent = task::wait(async {
             tokio::select! {
                 biased;
                 _ = cancelled.changed() => None,

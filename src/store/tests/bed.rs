@@ -11,7 +11,7 @@ use crate::ltx::{self, Decoder, Pos};
 use crate::store::{Common, Database, FileKind, Next, Options, Received, Role, Store, StoreError};
 
 /// Fields are dropped in order: the VFS goes before its store, the directory last.
-pub(super) struct Bed {
+pub(crate) struct Bed {
     pub vfs: Vfs,
     pub store: Arc<Store>,
     pub dir: tempfile::TempDir,
@@ -189,14 +189,14 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// A snapshot of now, as an LTX file.
-pub(super) fn snapshot(db: &Arc<Database>) -> (Pos, Vec<u8>) {
+pub(crate) fn snapshot(db: &Arc<Database>) -> (Pos, Vec<u8>) {
     let mut bytes = Vec::new();
     let pos = db.snapshot().unwrap().write_to(&mut bytes).unwrap();
     (pos, bytes)
 }
 
 /// The database that a snapshot holds.
-pub(super) fn unpack(ltx: &[u8]) -> Vec<u8> {
+pub(crate) fn unpack(ltx: &[u8]) -> Vec<u8> {
     let mut decoder = Decoder::new(ltx).unwrap();
     let header = *decoder.header();
     assert!(header.is_snapshot());
@@ -211,13 +211,13 @@ pub(super) fn unpack(ltx: &[u8]) -> Vec<u8> {
 }
 
 /// The newest committed bytes.
-pub(super) fn image(db: &Arc<Database>) -> (Pos, Vec<u8>) {
+pub(crate) fn image(db: &Arc<Database>) -> (Pos, Vec<u8>) {
     let (pos, ltx) = snapshot(db);
     (pos, unpack(&ltx))
 }
 
 /// The checksum of a database's bytes, from nothing but the bytes.
-pub(super) fn checksum(image: &[u8], page_size: u32) -> u64 {
+pub(crate) fn checksum(image: &[u8], page_size: u32) -> u64 {
     if image.is_empty() {
         return ltx::CHECKSUM_FLAG;
     }

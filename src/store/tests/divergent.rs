@@ -1,6 +1,7 @@
 //! What only one node has is never dropped without a word.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rusqlite::Connection;
 
@@ -28,6 +29,13 @@ fn primary(mode: &str) -> Bed {
     drop(c);
     bed.db(DB).settle();
     bed
+}
+
+fn write_table(bed: &Bed) {
+    bed.store.set_role(Role::Primary);
+    let c = bed.connect(DB);
+    c.execute_batch("CREATE TABLE t(k INTEGER PRIMARY KEY, v)")
+        .unwrap();
 }
 
 fn write(bed: &Bed, n: usize) {
@@ -196,15 +204,46 @@ fn without_the_primarys_word_what_this_node_made_is_kept() {
     c.follow(&primary("wal"), DB);
     c.receive(DB, &snapshot(&b.db(DB)).1).unwrap();
     assert_eq!(ranges(&c), []);
-    // Made in an earlier life: what the snapshot does not reach.
-    let (a, b, _) = parted("wal", 4, 1);
-    let a = a.restarted();
+    // Made in an earlier life: no less, however far the snapshot reaches.
+    for new in [1, 9] {
+        let (a, b, _) = parted("wal", 4, new);
+        let a = a.restarted().restarted();
+        a.receive(DB, &snapshot(&b.db(DB)).1).unwrap();
+        let own: Vec<_> = (1..=common.txid + 4).map(|t| (t, t)).collect();
+        assert_eq!(ranges(&a), own);
+        assert_eq!(a.check_killed(DB), b.check(DB));
+    }
+    // Made since the last transaction that was received: that one came from somebody who had all.
+    let (a, b, common) = parted("wal", 4, 9);
+    let c = Bed::replica();
+    c.follow(&a, DB);
+    c.store.set_role(Role::Replica { hostname: None });
+    let c = c.restarted();
+    write(&c, 2);
+    c.store.set_role(Role::Replica { hostname: None });
+    let c = c.restarted();
+    c.receive(DB, &snapshot(&b.db(DB)).1).unwrap();
+    let own = [common.txid + 5, common.txid + 6];
+    assert_eq!(ranges(&c), own.map(|t| (t, t)));
+}
+
+#[test]
+fn what_this_node_made_and_its_log_may_lack_is_kept_whole() {
+    let a = Bed::with_retention(tempfile::tempdir().unwrap(), Duration::ZERO);
+    write_table(&a);
+    // Into a segment of their own.
+    std::thread::sleep(Duration::from_millis(150));
+    write(&a, 3);
+    a.db(DB).checkpoint().unwrap();
+    a.store.prune();
+    let (pos, image) = a.check(DB);
+    assert!(a.db(DB).log().first_txid() > 1, "the oldest are gone");
+    a.store.set_role(Role::Replica { hostname: None });
+    let b = primary("delete");
+    write(&b, 9);
     a.receive(DB, &snapshot(&b.db(DB)).1).unwrap();
-    let beyond: Vec<_> = (common.txid + 2..=common.txid + 4)
-        .map(|t| (t, t))
-        .collect();
-    assert_eq!(ranges(&a), beyond);
-    assert_eq!(a.check_killed(DB), b.check(DB));
+    assert_eq!(ranges(&a), [(1, pos.txid)]);
+    assert_eq!(unpack(&std::fs::read(&kept(&a)[0].0).unwrap()), image);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! The store beside its code, in one process and without a mount: the log and the checksums by
 //! themselves, then whole databases driven by SQLite through a VFS that stands on the store.
 
-mod bed;
+pub(crate) mod bed;
 mod capture;
 mod divergent;
 mod hostile;
@@ -15,4 +15,4 @@ mod scrub;
 mod sim;
 mod snapshots;
 mod sums;
-mod vfs;
+pub(crate) mod vfs;

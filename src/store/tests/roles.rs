@@ -434,3 +434,21 @@ fn a_database_that_says_to_be_absurdly_large_is_refused() {
     bed.store.set_role(REPLICA);
     assert_eq!(bed.check(DB), before);
 }
+
+#[test]
+fn only_a_node_without_data_changes_its_cluster() {
+    let id = |n: u64| format!("LFSC{n:016X}");
+    let bed = Bed::primary();
+    bed.store.set_cluster_id(&id(1)).unwrap();
+    // A name that somebody looked up is no database.
+    bed.store.database_or_new("none.db").unwrap();
+    assert!(bed.store.change_cluster_id(&id(2)).unwrap());
+    assert_eq!(bed.store.cluster_id(), Some(id(2)));
+    let c = bed.connect("a.db");
+    c.execute_batch("CREATE TABLE t(x)").unwrap();
+    drop(c);
+    assert!(!bed.store.change_cluster_id(&id(3)).unwrap());
+    let bed = bed.restarted();
+    assert!(!bed.store.change_cluster_id(&id(3)).unwrap());
+    assert_eq!(bed.store.cluster_id(), Some(id(2)));
+}

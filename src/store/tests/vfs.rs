@@ -10,11 +10,14 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::TryRecvError;
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use rusqlite::ffi;
 
+use crate::clock;
+use crate::sim::process;
 use crate::sqlite::locks::{self, LockKind};
 use crate::sqlite::wal_index::REGION_SIZE;
 use crate::store::{Database, DbFile, Done, FileKind, Name, Role, Store, StoreError, SuperJournal};
@@ -26,6 +29,15 @@ const ANSWER: Duration = Duration::from_secs(20);
 pub(in crate::store) fn wait(operation: impl FnOnce(Done)) -> Result<(), StoreError> {
     let (tx, rx) = std::sync::mpsc::channel();
     operation(Box::new(move |r| tx.send(r).expect("somebody waits")));
+    if process::in_coroutine() {
+        return loop {
+            match rx.try_recv() {
+                Ok(answer) => break answer,
+                Err(TryRecvError::Empty) => clock::pause(Duration::from_millis(1)),
+                Err(TryRecvError::Disconnected) => panic!("every operation is answered"),
+            }
+        };
+    }
     rx.recv_timeout(ANSWER)
         .expect("every operation is answered")
 }
@@ -38,7 +50,7 @@ struct Shared {
 }
 
 /// A registered VFS. All connections must be closed, or forgotten, before it goes.
-pub(in crate::store) struct Vfs {
+pub(crate) struct Vfs {
     pub name: CString,
     raw: Box<ffi::sqlite3_vfs>,
     shared: Arc<Shared>,
