@@ -27,6 +27,18 @@ fn length(path: &Path) -> u64 {
     std::fs::metadata(path).expect("its size").len()
 }
 
+/// Waits until a file has not been written for a while.
+fn await_rest(path: &Path) {
+    wait_until("the file to be at rest", SOON, || {
+        let written = std::fs::metadata(path).and_then(|m| m.modified());
+        let age = written.expect("a time").elapsed().unwrap_or_default();
+        match age.as_millis() {
+            1000.. => Ok(()),
+            ms => Err(ms),
+        }
+    });
+}
+
 /// The segments of a database's log, oldest first.
 fn segments(node: &Node, db: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(node.db_data(db).join("log")).expect("list the log");
@@ -388,6 +400,8 @@ fn rotten_checksums_are_written_anew() {
                 Err("none yet")
             }
         });
+        // A checkpoint that is still to come writes them anew by itself.
+        await_rest(&checksums);
         let mut events = Events::of(node);
         for (n, at) in [4096 + 8 * 30 + 3, 4096 + 8 * 2].into_iter().enumerate() {
             flip(&checksums, at);
