@@ -132,13 +132,11 @@ impl Door {
         }
     }
 
-    /// Whether the request may go on; the answer if not. Takes the token out of it.
-    pub(super) fn admit<B>(&self, request: &mut Request<B>, peer: IpAddr) -> Result<(), Response> {
+    /// The answer to a request that may not go on. Takes the token out of it.
+    pub(super) fn refusal<B>(&self, request: &mut Request<B>, peer: IpAddr) -> Option<Response> {
         let shown = request.headers_mut().remove(AUTHORIZATION);
         let keys = self.keys.borrow().clone();
-        let Some(tokens) = &keys.tokens else {
-            return Ok(());
-        };
+        let tokens = keys.tokens.as_ref()?;
         self.check(tokens, shown.as_ref(), request.uri().path(), peer)
     }
 
@@ -148,7 +146,7 @@ impl Door {
         shown: Option<&HeaderValue>,
         path: &str,
         peer: IpAddr,
-    ) -> Result<(), Response> {
+    ) -> Option<Response> {
         let path = path.trim_matches('/');
         let right = needed(path);
         let short: String = path.chars().take(MAX_PATH).collect();
@@ -160,7 +158,7 @@ impl Door {
                     }
                     _ => debug!(path = ?short, %peer, token = name, "a request"),
                 }
-                return Ok(());
+                return None;
             }
             Err(Denied::NoToken) => (
                 self.no_token.due().then(|| "shows no token".to_owned()),
@@ -188,7 +186,7 @@ impl Door {
             Some(problem) => warn!("{peer} is refused /{}: it {problem}", short.escape_debug()),
             None => debug!(path = ?short, %peer, "a request is refused"),
         }
-        Err(answer)
+        Some(answer)
     }
 }
 

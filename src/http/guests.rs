@@ -226,13 +226,16 @@ impl Connection {
     }
 
     /// The connection carries one more request for as long as the guard lives.
-    pub fn begin(&self) -> Open {
+    pub(super) fn begin(&self) -> Open {
         self.seat.state.lock().requests += 1;
         Open(Arc::clone(&self.seat))
     }
 
     /// A place of this kind for the guest. It also makes the connection one that carries a request.
-    pub fn place(&self, kind: impl Fn(&Quotas) -> &Quota) -> Result<Place, (StatusCode, String)> {
+    pub(super) fn place(
+        &self,
+        kind: impl Fn(&Quotas) -> &Quota,
+    ) -> Result<Place, (StatusCode, String)> {
         let quota = kind(&self.quotas);
         quota.take(self.seat.guest)?;
         Ok(Place {

@@ -11,8 +11,6 @@
 //! is taken: a peer that takes no byte for [`UNREAD_TIMEOUT`] is cut off by the kernel. A handler that
 //! finds its peer not reading ends the connection by [`Connection::abort`]. How many connections there
 //! may be is [`super::guests`]'s.
-//!
-//! [`Connection::abort`]: super::guests::Connection::abort
 
 use std::convert::Infallible;
 use std::io;
@@ -41,7 +39,7 @@ use crate::stream::{CLUSTER_ID_HEADER, NODE_ID_HEADER, format_node_id};
 
 use super::api::{self, Api};
 use super::door::{Door, Entered};
-use super::guests::{Admission, Guests, Limits, Open, Quotas};
+use super::guests::{Admission, Connection, Guests, Limits, Open, Quotas};
 
 /// How long a peer may take for a request's head.
 pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -261,18 +259,12 @@ async fn serve_http(
     let service = service_fn(move |mut request: Request<Incoming>| {
         requests.store(true, Ordering::Relaxed);
         let open = state.begin();
-        let answered = host.door.admit(&mut request, peer).map(|()| {
-            answer(
-                filters.clone(),
-                Arc::clone(&api),
-                Arc::clone(&state),
-                request,
-            )
-        });
+        let refused = host.door.refusal(&mut request, peer);
+        let (filters, api, state) = (filters.clone(), Arc::clone(&api), Arc::clone(&state));
         async move {
-            let response = match answered {
-                Ok(answer) => answer.await,
-                Err(refused) => Ok(refused),
+            let response = match refused {
+                Some(refused) => Ok(refused),
+                None => answer(filters, api, state, request).await,
             };
             drop::<Open>(open);
             response

@@ -11,6 +11,7 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::sync::{broadcast, watch};
 use tokio::time::{sleep, timeout};
 
+use crate::access::Keys;
 use crate::http::api::Api;
 use crate::peer::Peers;
 use crate::role::{self, Parts, Promoter, RoleConfig, Status};
@@ -154,6 +155,7 @@ impl Cluster {
             halt_ttl: HALT_TTL,
             fuse_requests: Box::new(|| 0),
             shutdown: stop.clone(),
+            keys: Keys::none(),
         });
         let leaser = SimLeaser {
             service: self.service.clone(),

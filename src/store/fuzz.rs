@@ -347,13 +347,12 @@ pub fn replica(data: &[u8]) {
     store.close();
 }
 
+/// Pages with their numbers.
+type Pages = Vec<(u32, Vec<u8>)>;
+
 /// A transaction on a database at this position: its header, pages and checksum, what it makes of the
 /// database, and whether nothing is wrong with it.
-fn transaction(
-    input: &mut Input,
-    pos: Pos,
-    image: &Image,
-) -> (Header, Vec<(u32, Vec<u8>)>, u64, Image, bool) {
+fn transaction(input: &mut Input, pos: Pos, image: &Image) -> (Header, Pages, u64, Image, bool) {
     let (flags, wrong) = (input.byte(), input.byte());
     let snapshot = flags & 1 == 1 || pos.is_zero();
     let size = image.len() as u32;
@@ -495,10 +494,12 @@ fn seal_segment(bytes: &mut [u8]) {
     }
 }
 
+/// A segment's file name and bytes, and its records.
+type GoodSegment = (String, Vec<u8>, Vec<(segment::RecordHeader, Vec<u8>)>);
+
 /// A log with one fault: what is left of it is an error, or a prefix of its records.
 fn damaged_segment(input: &mut Input) {
-    static GOOD: OnceLock<(String, Vec<u8>, Vec<(segment::RecordHeader, Vec<u8>)>)> =
-        OnceLock::new();
+    static GOOD: OnceLock<GoodSegment> = OnceLock::new();
     let (name, good, whole) = GOOD.get_or_init(|| {
         let dir = scratch();
         let log = open_log(dir.path()).expect("a log");

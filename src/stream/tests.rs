@@ -575,7 +575,7 @@ async fn a_large_transaction_is_sent_piece_by_piece() {
     }
     let file = encoder.finish(post | crate::ltx::CHECKSUM_FLAG).unwrap().0;
     assert!(file.len() > 2 << 20);
-    node.seed("a.db", &[file.clone()]).await;
+    node.seed("a.db", std::slice::from_ref(&file)).await;
     let (out, mut taken) = mpsc::channel(2);
     let replica = Replica {
         positions: PosMap::from([("a.db".to_owned(), pos)]),

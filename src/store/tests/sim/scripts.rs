@@ -209,6 +209,7 @@ fn follow(store: &Store, source: &Source, prune: bool) -> bool {
         let bytes = match from.record_after(pos).unwrap() {
             Next::UpToDate => break,
             Next::Record(r) => r.bytes.to_vec(),
+            Next::Large(r) => r.load().unwrap().bytes.to_vec(),
             Next::Snapshot => source.early.clone(),
         };
         let received = store.receive("a.db", &mut &bytes[..], &mut |_, _| Common::Unknown);
