@@ -444,6 +444,11 @@ impl Database {
         };
         let mut st = self.lock();
         if st.page_count == 0 {
+            if self.log().last_txid() > st.pos.txid {
+                let e = self.refuse("a drop after a commit that could not be flushed: whether the database exists is decided when the node starts anew");
+                drop(st);
+                return done(Err(e));
+            }
             // Created and never written: there is nothing to tell.
             let result = self.remove_files(&mut st);
             drop(st);

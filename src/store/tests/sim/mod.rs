@@ -88,6 +88,8 @@ fn faults() {
         12821949524101645346,
         12885839014938194106,
         16630864798235570569,
+        // A drop was answered after a first commit that was logged and could not be flushed.
+        238527847355055115,
     ];
     let failed = std::cell::Cell::new(0);
     many("faults", &regressions, |seed| {

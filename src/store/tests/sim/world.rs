@@ -140,7 +140,11 @@ impl World {
             // SQLite looks at the page size that it knows before it reads the one that is.
             return;
         }
-        if is_busy(e) || self.disk.is_dead() || self.is_faulty() {
+        // A change of mode that was refused can leave SQLite with a WAL whose index it has not mapped:
+        // its "unix" VFS answers a checkpoint so too.
+        let unmapped =
+            e.sqlite_error().map(|e| e.extended_code) == Some(rusqlite::ffi::SQLITE_IOERR_SHMLOCK);
+        if unmapped || is_busy(e) || self.disk.is_dead() || self.is_faulty() {
             return;
         }
         let said = self.vfs.as_ref().map(Vfs::take_errors);
