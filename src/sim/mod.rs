@@ -9,6 +9,10 @@
 //! `TENURE_SIM_SECONDS` and `TENURE_SIM_RUNS` change how much `many_seeds` does. With
 //! `TENURE_SIM_PRUNE=1` half of the nodes prune their logs every two seconds: this finds databases
 //! that do not fit their checksums after a kill (one run in 30), whose cause is not found yet.
+//!
+//! Applications open a database in a rollback mode anew once their node has set transactions of it
+//! aside: SQLite knows by the change counter alone whether its cache is current, and in another
+//! history that can be the same. With `TENURE_SIM_KEEP=1` they do not, and some read stale pages.
 
 mod check;
 mod clients;
@@ -362,8 +366,10 @@ fn many_seeds() {
 #[test]
 fn a_service_that_breaks_its_promise_is_found_out() {
     for flaw in [Flaw::GivesTwice, Flaw::FastClock] {
-        let found = (1..40).find_map(|seed| run_apart(seed, flaw).violation);
-        let found = found.unwrap_or_else(|| panic!("{flaw:?} is not found"));
-        assert!(found.contains("acknowledge"), "{flaw:?}: {found}");
+        let found = (1..40).any(|seed| {
+            let violation = run_apart(seed, flaw).violation;
+            violation.is_some_and(|v| v.contains("acknowledge"))
+        });
+        assert!(found, "{flaw:?} is not found");
     }
 }
