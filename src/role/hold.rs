@@ -26,11 +26,11 @@ pub(super) enum End {
 }
 
 /// Holds `lease` until the node stops or the lease can no longer be relied upon; `renewed` is told
-/// each new moment at which that will be. A lease without a TTL is held until the node stops.
+/// each new moment at which that will be, and says whether that is still of use. A lease without a TTL is held until the node stops.
 pub(super) async fn hold(
     lease: &dyn Lease,
     stop: &mut watch::Receiver<bool>,
-    mut renewed: impl FnMut(std::time::Instant),
+    mut renewed: impl FnMut(std::time::Instant) -> bool,
 ) -> End {
     let Some(ttl) = lease.ttl() else {
         super::stopped(stop).await;
@@ -53,7 +53,9 @@ pub(super) async fn hold(
             return End::Lost;
         }
         match timeout_at(deadline, lease.renew()).await {
-            Ok(Ok(())) => renewed(reliable_until(lease.renewed_at(), ttl)),
+            // An answer that was there when the process woke up may have come too late.
+            Ok(Ok(())) if renewed(reliable_until(lease.renewed_at(), ttl)) => {}
+            Ok(Ok(())) => return End::Lost,
             Ok(Err(LeaseError::LeaseExpired)) | Err(_) => return End::Lost,
             Ok(Err(error)) => {
                 match complaint.is_due("renewal") {

@@ -180,10 +180,10 @@ impl Node {
         let store = self.store.clone();
         let renewed = |end| {
             store.set_lease_end(Some(end));
-            if let Some(watchdog) = &watchdog {
-                watchdog.extend(end);
-            }
             renewals.send_replace(());
+            watchdog
+                .as_ref()
+                .is_none_or(|watchdog| watchdog.extend(end))
         };
         let recording = self.keep_recorded(lease, renewals.subscribe());
         tokio::select! {

@@ -234,7 +234,7 @@ async fn a_lease_ends_a_margin_before_its_ttl_whatever_the_service_does() {
     let mut running = stopper.subscribe();
     assert!(stop.has_changed().is_err(), "its sender is gone");
     assert_eq!(
-        hold::hold(&Scripted::new(None, 0, 0..0), &mut stop, |_| ()).await,
+        hold::hold(&Scripted::new(None, 0, 0..0), &mut stop, |_| true).await,
         hold::End::Shutdown
     );
 
@@ -243,7 +243,7 @@ async fn a_lease_ends_a_margin_before_its_ttl_whatever_the_service_does() {
     let start = Instant::now();
     let lease = Scripted::new(ttl, 2, 0..0);
     assert_eq!(
-        hold::hold(&lease, &mut running, |_| ()).await,
+        hold::hold(&lease, &mut running, |_| true).await,
         hold::End::Lost
     );
     assert_eq!(start.elapsed().as_secs(), 19);
@@ -252,7 +252,7 @@ async fn a_lease_ends_a_margin_before_its_ttl_whatever_the_service_does() {
     let start = Instant::now();
     let lease = Scripted::new(ttl, 4, 0..3);
     assert_eq!(
-        hold::hold(&lease, &mut running, |_| ()).await,
+        hold::hold(&lease, &mut running, |_| true).await,
         hold::End::Lost
     );
     assert_eq!(start.elapsed().as_secs(), 17);
@@ -261,7 +261,7 @@ async fn a_lease_ends_a_margin_before_its_ttl_whatever_the_service_does() {
     let start = Instant::now();
     let lease = Scripted::new(Some(Duration::from_secs(2)), 0, 0..0);
     assert_eq!(
-        hold::hold(&lease, &mut running, |_| ()).await,
+        hold::hold(&lease, &mut running, |_| true).await,
         hold::End::Lost
     );
     assert_eq!(start.elapsed(), Duration::from_millis(1800));

@@ -49,10 +49,15 @@ impl Watchdog {
         Ok(Watchdog(shared))
     }
 
-    /// The lease was renewed.
-    pub fn extend(&self, end: Instant) {
-        *self.0.end.lock() = Some(end);
-        self.0.changed.notify_one();
+    /// The lease was renewed. False: it is too late, the node is told of as primary no longer.
+    pub fn extend(&self, end: Instant) -> bool {
+        let mut watched = self.0.end.lock();
+        let in_time = watched.is_some();
+        if in_time {
+            *watched = Some(end);
+            self.0.changed.notify_one();
+        }
+        in_time
     }
 }
 
@@ -76,10 +81,12 @@ impl Shared {
     /// Ends this primary if its lease is over; else gives the moment when that will be, unless the
     /// watch is over.
     fn check(&self, status: &watch::Sender<Status>) -> Option<Instant> {
-        let end = (*self.end.lock())?;
+        let mut watched = self.end.lock();
+        let end = (*watched)?;
         if clock::now() < end {
             return Some(end);
         }
+        *watched = None;
         status.send_if_modified(|s| std::mem::replace(&mut s.is_primary, false));
         tracing::debug!("the watchdog has ended this primary: its lease is over");
         None
@@ -100,11 +107,12 @@ mod tests {
         });
         let soon = |ms| Instant::now() + Duration::from_millis(ms);
         let watchdog = Watchdog::start(soon(50), status.clone()).unwrap();
-        watchdog.extend(soon(400));
+        assert!(watchdog.extend(soon(400)));
         std::thread::sleep(Duration::from_millis(200));
         assert!(status.borrow().is_primary);
         std::thread::sleep(Duration::from_millis(400));
         assert!(!status.borrow().is_primary);
+        assert!(!watchdog.extend(soon(400)), "too late");
 
         status.send_modify(|s| s.is_primary = true);
         drop(Watchdog::start(soon(50), status.clone()).unwrap());
