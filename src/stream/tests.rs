@@ -463,14 +463,14 @@ async fn a_stop_during_a_snapshot_ends_its_thread() {
 #[tokio::test]
 async fn a_frame_that_comes_byte_by_byte_ends_the_stream() {
     let mut head = Vec::new();
-    let name = "a.db".to_owned();
+    let name = "a".repeat(200);
     Frame::Ltx { size: 0, name }.encode(&mut head);
     let mut chunk = head.clone();
     // A chunk of 65,535 bytes, of which the LTX header and the first page's number are there.
     chunk.extend([0xff, 0xff]);
     chunk.extend_from_slice(&golden("delete-4096-raw")[0][..104]);
-    // Inside a frame's head, and inside of an LTX file.
-    let drips = [head[..10].to_vec(), chunk].map(|body| async move {
+    // Inside the name in a frame's head, and inside of an LTX file.
+    let drips = [head[..30].to_vec(), chunk].map(|body| async move {
         let node = TestNode::new();
         let (primary, _) = fake_primary(body, Then::Drip).await;
         let (receiver, begun) = (receiver(&node), Instant::now());
