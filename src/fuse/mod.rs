@@ -34,10 +34,11 @@ mod lock_session;
 mod nodes;
 mod observe;
 mod points;
+mod tenure_fs;
 
 use crew::Crew;
-use fs_impl::TenureFs;
 use lock_session::LockFs;
+use tenure_fs::TenureFs;
 
 pub use observe::{Observers, PrimaryName};
 

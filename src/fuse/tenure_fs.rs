@@ -1,0 +1,244 @@
+//! What names, handles and flags of the mount stand for in the store.
+
+use std::cell::RefCell;
+use std::ffi::OsStr;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use fuser::*;
+use parking_lot::Mutex;
+
+use crate::store::{CopiedFile, Database, DbFile, FileKind, Name, Role, Store, StoreError};
+
+use super::attr::{self};
+use super::copies::Copies;
+use super::crew::Crew;
+use super::nodes::{FileNode, Node, Nodes};
+use super::observe::{Answer, Observers, Watch};
+
+/// Largest read that is answered at once.
+pub(super) const MAX_READ: usize = 1 << 20;
+
+thread_local! {
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// The file system.
+pub(super) struct TenureFs {
+    pub(super) store: Arc<Store>,
+    pub(super) nodes: Arc<Nodes>,
+    pub(super) watch: Arc<Watch>,
+    pub(super) crew: Arc<Crew>,
+    pub(super) copies: Copies,
+    /// Whether WAL indexes are passed through to their backing files.
+    pub(super) passthrough: AtomicBool,
+}
+
+pub(super) fn errno(e: &StoreError) -> Errno {
+    Errno::from_i32(e.errno())
+}
+
+impl TenureFs {
+    pub(super) fn new(store: Arc<Store>, crew: Arc<Crew>, observers: Observers) -> TenureFs {
+        let nodes = Arc::new(Nodes::default());
+        TenureFs {
+            watch: Watch::new(store.clone(), nodes.clone(), observers),
+            store,
+            nodes,
+            crew,
+            copies: Copies::default(),
+            passthrough: AtomicBool::new(false),
+        }
+    }
+
+    pub(super) fn file_node(db: &Arc<Database>, file: Arc<DbFile>) -> Node {
+        Node::File(Arc::new(FileNode {
+            db: db.clone(),
+            file,
+            backing: Mutex::new(None),
+        }))
+    }
+
+    /// The node of a name, and whether its absence may be cached.
+    pub(super) fn find(&self, name: &OsStr) -> Result<Node, bool> {
+        let Some(name) = name.to_str() else {
+            return Err(true);
+        };
+        match Name::parse(name) {
+            Name::File(kind, db) => {
+                let db = self.store.database(db).ok_or(true)?;
+                let file = db.file(kind).ok_or(true)?;
+                Ok(Self::file_node(&db, file))
+            }
+            Name::Pos(db) => {
+                let db = self
+                    .store
+                    .database(db)
+                    .filter(|d| d.page_count() > 0)
+                    .ok_or(false)?;
+                Ok(Node::Pos(db))
+            }
+            Name::SuperJournal(name) => self.store.super_journal(name).map(Node::Super).ok_or(true),
+            Name::Primary => attr::primary_text(&self.store)
+                .map(|_| Node::Primary)
+                .ok_or(false),
+            Name::Lag => Ok(Node::Lag),
+            Name::Lock(db) => {
+                let db = self.store.database(db);
+                let db = db.filter(|d| d.page_count() > 0).ok_or(false)?;
+                Ok(Node::Lock(db))
+            }
+            Name::LockDir => Ok(Node::LockDir),
+            Name::Invalid => Err(true),
+        }
+    }
+
+    pub(super) fn make(&self, name: &OsStr) -> Result<Node, Errno> {
+        let name = name.to_str().ok_or(Errno::EINVAL)?;
+        let made = match Name::parse(name) {
+            Name::File(kind, db_name) => {
+                let db = match kind {
+                    FileKind::Database => self.store.database_or_new(db_name),
+                    _ => self
+                        .store
+                        .database(db_name)
+                        .ok_or_else(|| StoreError::NoDatabase(db_name.to_owned())),
+                };
+                db.and_then(|db| Ok(Self::file_node(&db, db.create(kind, false)?)))
+            }
+            Name::SuperJournal(name) => self.store.create_super_journal(name).map(Node::Super),
+            Name::Invalid => return Err(Errno::EINVAL),
+            _ => return Err(Errno::EPERM),
+        };
+        made.map_err(|e| errno(&e))
+    }
+
+    pub(super) fn may_open(&self, node: &Node, flags: i32) -> Result<(), Errno> {
+        let writes = flags & libc::O_ACCMODE != libc::O_RDONLY;
+        match node {
+            // SQLite then takes the database for read-only and says so. The database itself can be
+            // opened for writing: a connection of a replica goes on once the node is primary.
+            Node::File(f)
+                if writes
+                    && f.file.kind == FileKind::Wal
+                    && self.store.role() != Role::Primary
+                    && !f.db.holds_halt() =>
+            {
+                Err(Errno::EACCES)
+            }
+            Node::File(f) if f.db.broken().is_some() => Err(Errno::EIO),
+            Node::File(_) | Node::Super(_) => Ok(()),
+            _ if writes => Err(Errno::EACCES),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn may_write(
+        f: &FileNode,
+        flags: WriteFlags,
+        thread: u32,
+    ) -> Result<(), StoreError> {
+        if flags.contains(WriteFlags::FUSE_WRITE_CACHE) {
+            return f.db.check_mapped_write(&f.file);
+        }
+        f.db.check_caller(&f.file, thread)
+    }
+
+    /// Anybody may drop a database; its other files are SQLite's.
+    pub(super) fn may_unlink(
+        db: &Arc<Database>,
+        kind: FileKind,
+        thread: u32,
+    ) -> Result<(), StoreError> {
+        match db.file(kind).filter(|_| kind != FileKind::Database) {
+            Some(file) => db.check_caller(&file, thread),
+            None => Ok(()),
+        }
+    }
+
+    /// The handle of a file that is opened to copy a database into it; 0 for all others.
+    pub(super) fn copy_handle(&self, node: &Node, flags: i32, made: bool) -> Result<u64, Errno> {
+        let Node::File(f) = node else { return Ok(0) };
+        if flags & libc::O_ACCMODE != libc::O_WRONLY {
+            return Ok(0);
+        }
+        if f.file.kind != FileKind::Database {
+            f.file.begin_copy();
+            return Ok(0);
+        }
+        if !self.store.is_writable() {
+            return Err(Errno::EACCES);
+        }
+        let copy = CopiedFile::new(&self.store, &f.db, &f.file, made);
+        self.copies.begin(copy).ok_or(Errno::EMFILE)
+    }
+
+    pub(super) fn open_flags(node: &Node) -> FopenFlags {
+        match node {
+            Node::File(_) | Node::Super(_) => {
+                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
+            }
+            _ => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
+        }
+    }
+
+    /// The kernel's handle of a WAL index's backing file, if they are passed through.
+    pub(super) fn backing(
+        &self,
+        node: &Node,
+        open: impl FnOnce(BorrowedFd<'_>) -> io::Result<BackingId>,
+    ) -> Option<Arc<BackingId>> {
+        let Node::File(f) = node else { return None };
+        if f.file.kind != FileKind::Shm || !self.passthrough.load(Ordering::Acquire) {
+            return None;
+        }
+        let mut backing = f.backing.lock();
+        if backing.is_none() {
+            match open(f.file.file.as_fd()) {
+                Ok(id) => *backing = Some(Arc::new(id)),
+                Err(e) => {
+                    tracing::info!(error = %e, "WAL indexes are not passed through: reads in WAL mode cost a little more");
+                    self.passthrough.store(false, Ordering::Release);
+                }
+            }
+        }
+        backing.clone()
+    }
+
+    pub(super) fn read_made_up(text: &str, offset: u64, size: u32, reply: Answer<ReplyData>) {
+        let bytes = text.as_bytes();
+        let start = usize::try_from(offset)
+            .unwrap_or(usize::MAX)
+            .min(bytes.len());
+        let end = start.saturating_add(size as usize).min(bytes.len());
+        reply.data(&bytes[start..end]);
+    }
+
+    pub(super) fn with_buffer(size: usize, read: impl FnOnce(&mut [u8])) {
+        BUFFER.with_borrow_mut(|b| {
+            if b.len() < size {
+                b.resize(size, 0);
+            }
+            read(&mut b[..size]);
+        });
+    }
+}
+
+pub(super) fn answer(
+    reply: Answer<ReplyEmpty>,
+) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
+    move |r| match r {
+        Ok(()) => reply.ok(),
+        Err(e) => reply.error(errno(&e)),
+    }
+}
+
+/// Runs what may wait for long. Dropped unrun, a reply is an error.
+pub(super) fn on_a_thread(work: impl FnOnce() + Send + 'static) {
+    let name = "tenure-copy".to_owned();
+    if let Err(e) = std::thread::Builder::new().name(name).spawn(work) {
+        tracing::warn!(error = %e, "a file that was copied here cannot take the database's place");
+    }
+}
