@@ -17,6 +17,8 @@ use std::sync::Arc;
 
 use crc_fast::CrcAlgorithm::Crc64GoIso;
 
+use crate::ltx::LtxError;
+
 use super::Store;
 use super::database::Database;
 use super::disk::{Disk, DiskFile, File, Open, Writer};
@@ -237,7 +239,12 @@ impl Store {
                 .open(&path, Open::Read)
                 .map_err(StoreError::io("open", &path))?;
             let parts = read_parts(&*file).map_err(StoreError::io("read", &path))?;
-            match self.finish_intent(&file, &parts.unwrap_or_default()) {
+            // Without one of its databases the others would show half of it.
+            let parts = parts.unwrap_or_default().into_iter();
+            let parts: Vec<_> = parts
+                .map(|p| Ok((self.database_or_new(&p.db)?, p)))
+                .collect::<Result<_, StoreError>>()?;
+            match self.finish_intent(&file, parts) {
                 Ok(()) => self
                     .disk()
                     .remove_file(&path)
@@ -250,23 +257,29 @@ impl Store {
         Ok(())
     }
 
-    fn finish_intent(&self, file: &File, parts: &[Part]) -> Result<(), StoreError> {
-        let mut incoming = Vec::new();
-        let mut failed = Ok(());
-        for p in parts {
+    fn finish_intent(
+        &self,
+        file: &File,
+        parts: Vec<(Arc<Database>, Part)>,
+    ) -> Result<(), StoreError> {
+        let (mut incoming, mut unread) = (Vec::new(), Vec::new());
+        for (db, p) in parts {
             let mut body = BodyReader::new(file.clone(), p.offset, p.length);
             match Incoming::read(self.scratch(), &mut body, &p.db) {
-                Ok(part) => incoming.push((self.database_or_new(&p.db)?, part)),
-                // The power went before all of it was on disk, and so before any log had a part.
-                Err(e) if !any_logged(&incoming) => {
-                    tracing::warn!(error = %e, "an unfinished transaction over several databases never was");
-                    return Ok(());
-                }
-                Err(e) => {
-                    set_unfinished(&*self.database_or_new(&p.db)?, &e);
-                    failed = failed.and(Err(e));
-                }
+                Ok(part) => incoming.push((db, part)),
+                Err(e) => unread.push((db, e)),
             }
+        }
+        let damaged = !unread.is_empty() && unread.iter().all(|(_, e)| is_damage(e));
+        if damaged && !any_logged(&incoming) {
+            // The power went before all of it was on disk, and so before any log had a part.
+            tracing::warn!(error = %unread[0].1, "an unfinished transaction over several databases never was");
+            return Ok(());
+        }
+        let mut failed = Ok(());
+        for (db, e) in unread {
+            set_unfinished(&db, &e);
+            failed = failed.and(Err(e));
         }
         for (db, part) in incoming {
             if let Err(e) = db.check_usable(&db.lock()) {
@@ -299,6 +312,14 @@ fn set_unfinished(db: &Database, e: &StoreError) {
         "{e}: a transaction over several databases is still to be finished in this one, start the node anew once the cause is mended"
     );
     db.set_broken(&mut db.lock(), reason);
+}
+
+/// Whether a part is not what was written; else it could not be read this time.
+fn is_damage(e: &StoreError) -> bool {
+    match e {
+        StoreError::Ltx { source, .. } => !matches!(source, LtxError::Io(_)),
+        _ => matches!(e, StoreError::Corrupt { .. }),
+    }
 }
 
 /// Whether a part is in its log, or may be.

@@ -169,6 +169,30 @@ fn every_step_of_a_transaction_over_two_databases() {
     exhaust("ATTACH", 2, &[Open, WriteBoth, WriteBoth]);
 }
 
+/// A start after a crash at any step finishes all of a transaction, or nothing, whatever it could not
+/// read.
+#[test]
+fn every_read_of_a_start_after_a_transaction_over_two_databases() {
+    let script = [Open, WriteBoth, WriteBoth];
+    let (mut runs, mut step) = (0, 0);
+    let mut goes_on = true;
+    while goes_on {
+        step += 1;
+        for read in 0.. {
+            let mut world = World::new(7, &["a.db", "b.db"]);
+            world.disk.crash_at(Some(world.disk.steps() + step));
+            play(&mut world, &script);
+            goes_on = world.disk.is_dead();
+            runs += 1;
+            if !world.start_with_a_read_error(read) {
+                break;
+            }
+        }
+    }
+    eprintln!("{step} steps, {runs} runs");
+    assert!(runs > 3 * step);
+}
+
 #[test]
 fn every_step_of_larger_changes() {
     exhaust("drop", 1, &[Open, Write, Prune, Close, DropIt, Open, Write]);

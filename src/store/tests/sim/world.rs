@@ -249,6 +249,31 @@ impl World {
         }
     }
 
+    /// A new process, one of whose reads fails while it starts, after this many others; where it
+    /// could not do without, yet another one. Whether there were so many reads.
+    pub fn start_with_a_read_error(&mut self, after: u64) -> bool {
+        self.tell(format!("a start whose read {after} fails"));
+        self.observe();
+        self.disk.die();
+        self.end_life();
+        self.disk.restart_process();
+        let before = self.disk.failed();
+        self.disk.fail_read(Some(after));
+        let opened = self.open();
+        self.disk.fail_read(None);
+        let failed = self.disk.failed() > before;
+        let whole = |s: &Arc<Store>| s.databases().iter().all(|db| db.broken().is_none());
+        match opened {
+            Ok(()) if self.store.as_ref().is_some_and(whole) => self.check(),
+            Err(e) if !failed => panic!("the data directory does not open: {e}"),
+            _ => {
+                assert!(failed, "a database is set aside");
+                self.crash(Crash::Process, &mut |_| None);
+            }
+        }
+        failed
+    }
+
     /// Checks every database after a start, exactly.
     pub fn check(&mut self) {
         for i in 0..self.models.len() {

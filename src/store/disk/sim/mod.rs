@@ -14,12 +14,9 @@
 //! A step is an operation that changes anything, or a sync. A crash can be put at any step: it is
 //! done in part, or not, and everything after it fails. Changes through a mapping are not seen.
 
-use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, Metadata};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
@@ -28,9 +25,13 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use super::{Disk, DiskFile, File, Open, real};
+use file::SimFile;
+use names::NameChange;
+use state::{Change, Fate, Id, Node, State};
 
-/// Bytes that are written whole or not at all.
-const SECTOR: u64 = 512;
+mod file;
+mod names;
+mod state;
 
 /// What a power loss keeps of what is not durable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,93 +63,6 @@ pub(crate) struct Sim {
     _dir: tempfile::TempDir,
 }
 
-type Id = usize;
-
-#[derive(Debug)]
-struct State {
-    nodes: Vec<Node>,
-    /// Changes of names that are not durable, in order.
-    names: Vec<NameChange>,
-    rng: StdRng,
-    steps: u64,
-    crash_at: Option<u64>,
-    dead: bool,
-    /// Handles of an earlier life are of no use.
-    life: u64,
-    faults: Faults,
-    /// How many faults there were.
-    failed: u64,
-    ignore_syncs: bool,
-    trace: Option<Vec<String>>,
-    /// Prints the trace too.
-    aloud: bool,
-}
-
-#[derive(Debug)]
-enum Node {
-    Dir {
-        durable: BTreeMap<OsString, Id>,
-        visible: BTreeMap<OsString, Id>,
-    },
-    File {
-        durable: Vec<u8>,
-        pending: Vec<Change>,
-        /// Up to here there is space.
-        reserved: u64,
-    },
-}
-
-impl Node {
-    fn dir() -> Node {
-        Node::Dir {
-            durable: BTreeMap::new(),
-            visible: BTreeMap::new(),
-        }
-    }
-
-    fn file(durable: Vec<u8>) -> Node {
-        Node::File {
-            reserved: durable.len() as u64,
-            durable,
-            pending: Vec::new(),
-        }
-    }
-}
-
-/// A change of a file that is not durable.
-#[derive(Clone, Debug)]
-enum Change {
-    Write(u64, Vec<u8>),
-    Size(u64),
-}
-
-/// A name that was given to a node, or taken away.
-#[derive(Clone, Debug)]
-struct NameChange {
-    at: (Id, OsString),
-    to: Option<Id>,
-    /// Of a rename: the name that went.
-    from: Option<(Id, OsString)>,
-}
-
-impl NameChange {
-    fn touches(&self, other: &NameChange) -> bool {
-        let mine = [Some(&self.at), self.from.as_ref()];
-        let theirs = [Some(&other.at), other.from.as_ref()];
-        mine.iter().flatten().any(|n| theirs.contains(&Some(n)))
-    }
-}
-
-/// What becomes of an operation.
-enum Fate {
-    Done,
-    /// It ends with this error; a crash may have let a part of it happen.
-    Failed {
-        error: io::Error,
-        crash: bool,
-    },
-}
-
 fn eio() -> io::Error {
     io::Error::from_raw_os_error(libc::EIO)
 }
@@ -157,203 +71,13 @@ fn not_found() -> io::Error {
     io::Error::from_raw_os_error(libc::ENOENT)
 }
 
-impl Change {
-    fn apply(&self, bytes: &mut Vec<u8>) {
-        match self {
-            Change::Write(at, data) => {
-                let (start, end) = (*at as usize, *at as usize + data.len());
-                if bytes.len() < end {
-                    bytes.resize(end, 0);
-                }
-                bytes[start..end].copy_from_slice(data);
-            }
-            Change::Size(n) => bytes.resize(*n as usize, 0),
-        }
-    }
-
-    /// Applies a part of it.
-    fn apply_some(&self, bytes: &mut Vec<u8>, rng: &mut StdRng) {
-        let Change::Write(at, data) = self else {
-            if rng.random() {
-                self.apply(bytes);
-            }
-            return;
-        };
-        // Whole or gone most often: that is what finds orders that were not kept.
-        let torn = rng.random_range(0..4) == 0;
-        let whole: bool = rng.random();
-        let mut from = 0;
-        while from < data.len() {
-            let start = at + from as u64;
-            let to = data.len().min(from + (SECTOR - start % SECTOR) as usize);
-            if if torn { rng.random() } else { whole } {
-                Change::Write(start, data[from..to].to_vec()).apply(bytes);
-            }
-            from = to;
-        }
-    }
-}
-
-impl State {
-    fn file(&mut self, id: Id) -> (&mut Vec<u8>, &mut Vec<Change>) {
-        match &mut self.nodes[id] {
-            Node::File {
-                durable, pending, ..
-            } => (durable, pending),
-            Node::Dir { .. } => panic!("a directory is no file"),
-        }
-    }
-
-    fn set_reserved(&mut self, id: Id, to: impl FnOnce(u64) -> u64) {
-        if let Node::File { reserved, .. } = &mut self.nodes[id] {
-            *reserved = to(*reserved);
-        }
-    }
-
-    fn has_space(&self, id: Option<Id>, end: u64) -> bool {
-        match id.map(|id| &self.nodes[id]) {
-            Some(Node::File { reserved, .. }) => *reserved >= end,
-            _ => false,
-        }
-    }
-
-    fn visible(&mut self, id: Id) -> &mut BTreeMap<OsString, Id> {
-        match &mut self.nodes[id] {
-            Node::Dir { visible, .. } => visible,
-            Node::File { .. } => panic!("a file is no directory"),
-        }
-    }
-
-    fn add(&mut self, node: Node) -> Id {
-        self.nodes.push(node);
-        self.nodes.len() - 1
-    }
-
-    fn change_name(&mut self, change: NameChange) {
-        if let Some((dir, name)) = &change.from {
-            self.visible(*dir).remove(name);
-        }
-        let (dir, name) = change.at.clone();
-        match change.to {
-            Some(id) => self.visible(dir).insert(name, id),
-            None => self.visible(dir).remove(&name),
-        };
-        self.names.push(change);
-    }
-
-    /// Makes those changes of names durable that are wanted, with all that they stand on.
-    fn settle_names(&mut self, wanted: impl FnMut(&NameChange) -> bool) {
-        let mut keep: Vec<bool> = self.names.iter().map(wanted).collect();
-        for later in (0..keep.len())
-            .rev()
-            .filter(|i| keep[*i])
-            .collect::<Vec<_>>()
-        {
-            let mut group = vec![later];
-            while let Some(i) = group.pop() {
-                for (earlier, change) in self.names[..i].iter().enumerate() {
-                    if !keep[earlier] && change.touches(&self.names[i]) {
-                        keep[earlier] = true;
-                        group.push(earlier);
-                    }
-                }
-            }
-        }
-        let names = std::mem::take(&mut self.names);
-        for (change, keep) in names.into_iter().zip(keep) {
-            if !keep {
-                self.names.push(change);
-                continue;
-            }
-            let durable = |s: &mut State, id: Id, f: &dyn Fn(&mut BTreeMap<OsString, Id>)| {
-                if let Node::Dir { durable, .. } = &mut s.nodes[id] {
-                    f(durable);
-                }
-            };
-            if let Some((dir, name)) = &change.from {
-                durable(self, *dir, &|d| {
-                    d.remove(name);
-                });
-            }
-            let (dir, name) = &change.at;
-            durable(self, *dir, &|d| {
-                match change.to {
-                    Some(id) => d.insert(name.clone(), id),
-                    None => d.remove(name),
-                };
-            });
-        }
-    }
-
-    fn sync(&mut self, id: Id) {
-        match &mut self.nodes[id] {
-            Node::File {
-                durable, pending, ..
-            } => {
-                pending.drain(..).for_each(|c| c.apply(durable));
-            }
-            Node::Dir { .. } => self.settle_names(|c| {
-                c.at.0 == id || c.from.as_ref().is_some_and(|(dir, _)| *dir == id)
-            }),
-        }
-    }
-
-    /// A sync that failed: some of it is durable, and the rest will never be.
-    fn fail_sync(&mut self, id: Id) {
-        let mut rng = self.rng.clone();
-        if let Node::File {
-            durable, pending, ..
-        } = &mut self.nodes[id]
-        {
-            pending
-                .drain(..)
-                .for_each(|c| c.apply_some(durable, &mut rng));
-        }
-        self.rng = rng;
-    }
-
-    fn note(&mut self, what: &str, path: &Path, a: u64, b: u64) {
-        if let Some(trace) = &mut self.trace {
-            // SQLite makes up the names of super-journals.
-            let path = path.to_str().unwrap_or("?");
-            let path = path.split("-mj").next().unwrap_or(path);
-            let line = format!("{what} {path} {a} {b}");
-            if self.aloud {
-                eprintln!("    {}: {line}", self.steps + 1);
-            }
-            trace.push(line);
-        }
-    }
-
-    fn step(&mut self, life: u64, needs_space: bool) -> io::Result<Fate> {
-        if self.dead || life != self.life {
-            return Err(eio());
-        }
-        self.steps += 1;
-        if self.crash_at == Some(self.steps) {
-            self.dead = true;
-            return Ok(Fate::Failed {
-                error: eio(),
-                crash: true,
-            });
-        }
-        let error = if self.chance(self.faults.eio) {
-            eio()
-        } else if needs_space && self.chance(self.faults.full) {
-            io::Error::from_raw_os_error(libc::ENOSPC)
-        } else {
-            return Ok(Fate::Done);
-        };
-        self.failed += 1;
-        Ok(Fate::Failed {
-            error,
-            crash: false,
-        })
-    }
-
-    fn chance(&mut self, of_1000: u32) -> bool {
-        of_1000 > 0 && self.rng.random_range(0..1000) < of_1000
-    }
+/// In the order in which they were made: SQLite makes up the names of super-journals.
+fn by_age<'a>(
+    names: impl Iterator<Item = (&'a OsString, &'a Id)>,
+) -> impl Iterator<Item = (&'a OsString, &'a Id)> {
+    let mut names: Vec<_> = names.collect();
+    names.sort_by_key(|(_, id)| **id);
+    names.into_iter()
 }
 
 impl Sim {
@@ -378,6 +102,7 @@ impl Sim {
                 dead: false,
                 life: 0,
                 faults: Faults::default(),
+                fail_read: None,
                 failed: 0,
                 ignore_syncs: false,
                 trace: std::env::var_os("TENURE_TRACE").map(|_| Vec::new()),
@@ -420,6 +145,11 @@ impl Sim {
     /// What goes wrong from now on.
     pub fn set_faults(&self, faults: Faults) {
         self.state.lock().faults = faults;
+    }
+
+    /// Lets one read end with EIO, after this many others; `None`: none but by chance.
+    pub fn fail_read(&self, after: Option<u64>) {
+        self.state.lock().fail_read = after;
     }
 
     /// How many operations failed, or returned other bytes, other than by a crash.
@@ -497,7 +227,7 @@ impl Sim {
         let Node::Dir { durable: names, .. } = &old[from] else {
             return;
         };
-        for (name, id) in names {
+        for (name, id) in by_age(names.iter()) {
             let path = path.join(name);
             let new = match &old[*id] {
                 Node::Dir { .. } => {
@@ -713,10 +443,19 @@ impl Disk for Sim {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
-        self.check_alive()?;
-        fs::read_dir(path)?
-            .map(|entry| Ok(entry?.file_name()))
-            .collect()
+        let mut st = self.state.lock();
+        if st.dead {
+            return Err(eio());
+        }
+        let dir = match path == self.root {
+            true => 0,
+            false => {
+                let (dir, name) = self.place(&mut st, path)?;
+                *st.visible(dir).get(&name).ok_or_else(not_found)?
+            }
+        };
+        let names = st.visible(dir).iter();
+        Ok(by_age(names).map(|(name, _)| name.clone()).collect())
     }
 
     fn metadata(&self, path: &Path) -> io::Result<Metadata> {
@@ -729,144 +468,5 @@ impl Sim {
     fn exists_visibly(&self, path: &Path) -> io::Result<bool> {
         self.check_alive()?;
         Ok(path.exists())
-    }
-}
-
-/// An open file of the disk.
-#[derive(Debug)]
-struct SimFile {
-    sim: Arc<Sim>,
-    real: fs::File,
-    /// `None`: it has no name, and nothing of it outlives the process.
-    id: Option<Id>,
-    life: u64,
-    path: PathBuf,
-}
-
-impl SimFile {
-    fn sync(&self) -> io::Result<()> {
-        let mut st = self.sim.state.lock();
-        st.note("sync", &self.path, 0, 0);
-        let fate = st.step(self.life, false)?;
-        let Some(id) = self.id else { return Ok(()) };
-        match fate {
-            Fate::Done if st.ignore_syncs => Ok(()),
-            Fate::Done => {
-                st.sync(id);
-                Ok(())
-            }
-            Fate::Failed { error, crash } => {
-                // A crash in the middle of it leaves what any crash leaves.
-                if !crash {
-                    st.fail_sync(id);
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// A change of the file: all of it, or, in a crash, perhaps.
-    fn resize(&self, what: &str, size: u64, needs_space: bool) -> io::Result<()> {
-        let mut st = self.sim.state.lock();
-        st.note(what, &self.path, size, 0);
-        let failed = match st.step(self.life, needs_space)? {
-            Fate::Done => None,
-            Fate::Failed { error, crash } if crash && st.rng.random() => Some(error),
-            Fate::Failed { error, .. } => return Err(error),
-        };
-        self.real.set_len(size)?;
-        if let Some(id) = self.id {
-            st.file(id).1.push(Change::Size(size));
-            st.set_reserved(id, |_| size);
-        }
-        failed.map_or(Ok(()), Err)
-    }
-}
-
-impl AsFd for SimFile {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.real.as_fd()
-    }
-}
-
-impl DiskFile for SimFile {
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
-        let mut st = self.sim.state.lock();
-        if st.dead || self.life != st.life {
-            return Err(eio());
-        }
-        let faults = st.faults;
-        if st.chance(faults.read_eio) {
-            st.failed += 1;
-            return Err(eio());
-        }
-        let n = FileExt::read_at(&self.real, buf, offset)?;
-        if n > 0 && st.chance(faults.rot) {
-            let (at, bit) = (st.rng.random_range(0..n), st.rng.random_range(0..8));
-            buf[at] ^= 1 << bit;
-            st.failed += 1;
-        }
-        Ok(n)
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        let mut st = self.sim.state.lock();
-        st.note("write", &self.path, offset, buf.len() as u64);
-        let end = offset + buf.len() as u64;
-        let needs_space = !st.has_space(self.id, end);
-        let (n, failed) = match st.step(self.life, needs_space)? {
-            Fate::Done => (buf.len(), None),
-            Fate::Failed { error, .. } => {
-                // Up to a border of a sector, or nothing.
-                let end = offset + st.rng.random_range(0..=buf.len() as u64);
-                let n = (end / SECTOR * SECTOR).saturating_sub(offset) as usize;
-                (n, Some(error))
-            }
-        };
-        self.real.write_all_at(&buf[..n], offset)?;
-        if let Some(id) = self.id.filter(|_| n > 0) {
-            let change = Change::Write(offset, buf[..n].to_vec());
-            st.file(id).1.push(change);
-            st.set_reserved(id, |r| r.max(offset + n as u64));
-        }
-        failed.map_or(Ok(n), Err)
-    }
-
-    fn set_len(&self, size: u64) -> io::Result<()> {
-        self.resize("set_len", size, false)
-    }
-
-    fn allocate(&self, size: u64) -> io::Result<()> {
-        if self.real.metadata()?.len() >= size {
-            return Ok(());
-        }
-        self.resize("allocate", size, true)
-    }
-
-    fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        // Nothing to be seen of it, but that it can fail.
-        let mut st = self.sim.state.lock();
-        match st.step(self.life, true)? {
-            Fate::Done => {
-                if let Some(id) = self.id {
-                    st.set_reserved(id, |r| r.max(offset + len));
-                }
-                Ok(())
-            }
-            Fate::Failed { error, .. } => Err(error),
-        }
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        self.sync()
-    }
-
-    fn sync_all(&self) -> io::Result<()> {
-        self.sync()
-    }
-
-    fn metadata(&self) -> io::Result<Metadata> {
-        self.sim.check_alive()?;
-        self.real.metadata()
     }
 }
