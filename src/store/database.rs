@@ -97,6 +97,8 @@ pub struct DbFile {
     /// The bytes on disk.
     pub file: File,
     deleted: AtomicBool,
+    /// It is deleted, and its bytes are another file's now.
+    replaced: AtomicBool,
     /// Handles that are open for writing alone, as no handle of SQLite's is.
     copying: AtomicU64,
 }
@@ -108,6 +110,7 @@ impl DbFile {
             kind,
             file,
             deleted: AtomicBool::new(false),
+            replaced: AtomicBool::new(false),
             copying: AtomicU64::new(0),
         }
     }
@@ -115,6 +118,17 @@ impl DbFile {
     /// Whether its name is gone.
     pub fn is_deleted(&self) -> bool {
         self.deleted.load(Ordering::Acquire)
+    }
+
+    /// Whether nothing can be read through it any more.
+    pub(super) fn is_replaced(&self) -> bool {
+        self.replaced.load(Ordering::Acquire)
+    }
+
+    /// Takes its name away, and its bytes from those who have it open.
+    pub(super) fn replace(&self) {
+        self.replaced.store(true, Ordering::Release);
+        self.delete();
     }
 
     /// A program opens it for writing alone, and so is not SQLite.

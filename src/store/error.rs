@@ -113,6 +113,10 @@ pub enum StoreError {
     /// The file was deleted while it was open.
     #[error("{0} was deleted")]
     Deleted(String),
+    /// The file has become another while it was open, as its change counter does not tell that what
+    /// an application has cached of it is of no use.
+    #[error("{0} was replaced by the primary's: it is to be opened anew")]
+    Replaced(String),
     /// Commits that were begun did not end in time.
     #[error("commits in flight have not ended after {seconds} s: the disk may be stuck")]
     CommitsInFlight {

@@ -115,6 +115,9 @@ impl Database {
         let read = |buf: &mut [u8]| {
             read_some(&*f.file, offset, buf).map_err(StoreError::io("read", self.path(f.kind)))
         };
+        if f.is_replaced() {
+            return Err(StoreError::Replaced(self.mount_name(f.kind)));
+        }
         if f.kind != FileKind::Database || f.is_deleted() {
             self.check_usable(&self.lock())?;
             return read(buf);

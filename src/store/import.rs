@@ -624,6 +624,7 @@ impl Database {
             post_apply_checksum: checksum,
             pages: changed,
             wal_mode: Some(first[19] == 2),
+            change_counter: Some(be32(&first, 24)),
             spool,
         })
     }

@@ -125,6 +125,8 @@ pub(super) struct Incoming {
     pub pages: Vec<(u32, u64)>,
     /// What page 1 says of the journal mode, if page 1 is among them.
     pub wal_mode: Option<bool>,
+    /// The change counter in page 1, likewise.
+    pub change_counter: Option<u32>,
     pub spool: Spool,
 }
 
@@ -142,13 +144,13 @@ impl Incoming {
         room::check(&dir, db, &header)?;
         let mut page = vec![0u8; header.page_size as usize];
         let mut pages = Vec::new();
-        let mut wal_mode = None;
+        let mut first = None;
         while let Some(pgno) = decoder
             .page(&mut page)
             .map_err(StoreError::ltx(context()))?
         {
             if pgno == 1 {
-                wal_mode = DbHeader::parse(&page).ok().map(|h| h.is_wal());
+                first = DbHeader::parse(&page).ok();
             }
             pages.push((pgno, ltx::page_checksum(pgno, &page)));
         }
@@ -159,7 +161,8 @@ impl Incoming {
             header,
             post_apply_checksum: trailer.post_apply_checksum,
             pages,
-            wal_mode,
+            wal_mode: first.map(|h| h.is_wal()),
+            change_counter: first.map(|h| h.change_counter),
             spool,
         })
     }

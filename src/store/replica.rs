@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::ltx::Decoder;
+use crate::sqlite::header::DbHeader;
 use crate::sqlite::locks::{self, LockGuard, LockKind};
 
 use crate::task;
@@ -457,6 +458,7 @@ impl Database {
             .map(|(p, _)| *p)
             .collect();
         let shrunk = st.view_size > u64::from(c.commit) * u64::from(c.page_size);
+        let renew = self.may_look_the_same(&st, incoming);
         if let Err(e) = self.write_pages(&mut st, c, incoming) {
             self.set_broken(
                 &mut st,
@@ -465,11 +467,47 @@ impl Database {
             return Err(e);
         }
         self.after_advance(&mut st);
+        if renew {
+            self.renew_file(&mut st)?;
+        }
         drop(st);
-        let whole = shrunk || !same_size;
+        let whole = shrunk || !same_size || renew;
         self.invalidate_pages(ino, c.page_size, if whole { &[] } else { &written });
+        if let Some(front) = self.context.front().filter(|_| renew) {
+            front.invalidate_entry(&self.mount_name(FileKind::Database));
+        }
         drop(exclusive);
+        if renew {
+            locks.close(self);
+        }
         self.publish_applied(c);
+        Ok(())
+    }
+
+    /// Whether a connection in a rollback mode may take what it has cached for current once this is
+    /// applied. SQLite goes by the change counter. It grows with each transaction, but: a snapshot
+    /// of another history may have a lower one, which then comes by again what it was here; and a
+    /// connection in the exclusive locking mode counts its first transaction only.
+    fn may_look_the_same(&self, st: &State, incoming: &Incoming) -> bool {
+        let mut page = vec![0u8; st.page_size as usize];
+        let read = st.read_committed(self, 1, &mut page);
+        let here = read.ok().and_then(|_| DbHeader::parse(&page).ok());
+        match (here, incoming.change_counter) {
+            (Some(here), Some(counter)) => counter <= here.change_counter,
+            _ => true,
+        }
+    }
+
+    /// The same bytes become another file: who has the old one open reads and writes no more, and
+    /// has to open it anew, without what it has cached. Under the exclusive lock.
+    fn renew_file(&self, st: &mut State) -> Result<(), StoreError> {
+        let old = st.database_file(&self.name)?;
+        old.replace();
+        self.adopt_file(st, FileKind::Database, old.file.clone());
+        tracing::info!(
+            db = self.name,
+            "its change counter does not tell what has changed: connections are to be opened anew"
+        );
         Ok(())
     }
 

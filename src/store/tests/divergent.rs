@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::Connection;
+use rusqlite::{Connection, ErrorCode};
 
 use super::bed::{Bed, integrity, set_mode, snapshot, unpack};
 use crate::ltx::{self, CHECKSUM_FLAG, Decoder, Pos};
@@ -95,6 +95,61 @@ fn count(bed: &Bed) -> u64 {
     counter.load(std::sync::atomic::Ordering::Relaxed)
 }
 
+fn rows(c: &Connection) -> rusqlite::Result<Vec<(i64, Vec<u8>)>> {
+    let mut select = c.prepare("SELECT k, CAST(v AS BLOB) FROM t ORDER BY k")?;
+    let rows = select.query_map([], |r| Ok((r.get(0)?, r.get(1)?)))?;
+    rows.collect()
+}
+
+#[test]
+fn what_is_cached_of_another_history_is_neither_read_nor_written() {
+    // Of as many transactions, and of fewer that come to be as many.
+    for (old, new, more) in [(3, 3, 0), (3, 1, 2), (1, 1, 4)] {
+        let (a, b, _) = parted("delete", old, new);
+        let cached = a.connect(DB);
+        rows(&cached).unwrap();
+        receive_asking(&a, &b).unwrap();
+        write(&b, more);
+        a.follow(&b, DB);
+        for _ in 0..2 {
+            rows(&cached).unwrap_err();
+        }
+        // It becomes primary again.
+        a.store.set_role(Role::Primary);
+        let insert = "INSERT INTO t(v) VALUES (randomblob(3000))";
+        cached.execute_batch(insert).unwrap_err();
+        let anew = a.connect(DB);
+        assert_eq!(rows(&anew).unwrap(), rows(&b.connect(DB)).unwrap());
+        anew.execute_batch(insert).unwrap();
+        cached.execute_batch(insert).unwrap_err();
+        integrity(&anew);
+        drop((cached, anew));
+        a.check_killed(DB);
+    }
+}
+
+#[test]
+fn a_writer_that_keeps_its_lock_is_seen_by_readers_of_a_replica() {
+    let a = primary("delete");
+    let b = Bed::replica();
+    b.follow(&a, DB);
+    let writer = a.connect(DB);
+    writer
+        .execute_batch("PRAGMA locking_mode = EXCLUSIVE")
+        .unwrap();
+    for _ in 0..4 {
+        let cached = b.connect(DB);
+        rows(&cached).unwrap();
+        writer.execute_batch("UPDATE t SET v = v + 1").unwrap();
+        b.follow(&a, DB);
+        let theirs = rows(&b.connect(DB)).unwrap();
+        // Or it has to be opened anew: what it must not do is to read what was there before.
+        assert!(rows(&cached).map_or(true, |ours| ours == theirs));
+    }
+    drop(writer);
+    assert_eq!(b.check(DB), a.check(DB));
+}
+
 #[test]
 fn transactions_that_the_primary_does_not_have_are_set_aside() {
     for mode in ["delete", "wal"] {
@@ -103,6 +158,7 @@ fn transactions_that_the_primary_does_not_have_are_set_aside() {
             let mut events = a.store.events();
             let last = a.check(DB).0.txid;
             let reader = a.connect(DB);
+            rows(&reader).unwrap();
             assert_eq!(
                 receive_asking(&a, &b).unwrap(),
                 Received::Applied(b.check(DB).0)
@@ -130,7 +186,16 @@ fn transactions_that_the_primary_does_not_have_are_set_aside() {
             };
             assert_eq!(told, Some(expected));
             assert_eq!(count(&a), 3);
-            integrity(&reader);
+            let theirs = rows(&b.connect(DB)).unwrap();
+            if mode == "wal" || new > 3 {
+                assert_eq!(rows(&reader).unwrap(), theirs);
+                integrity(&reader);
+            } else {
+                // The change counter has been here before: what is cached would look current.
+                let error = rows(&reader).unwrap_err();
+                assert_eq!(error.sqlite_error_code(), Some(ErrorCode::SystemIoFailure));
+                assert_eq!(rows(&a.connect(DB)).unwrap(), theirs);
+            }
             drop(reader);
             assert_eq!(a.check_killed(DB), b.check(DB), "{mode} {new}");
             // The next one is an ordinary transaction again.
