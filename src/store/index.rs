@@ -1,9 +1,14 @@
-//! Rolling a WAL index forward.
+//! Whether a WAL index says what is committed.
 //!
 //! A writer can die after its commit frame is logged and before it has published the transaction
-//! in the WAL index. The transaction is committed, so the index is invalidated: the next connection
-//! recovers it from the WAL. It is done under the WRITE lock, which a living writer holds until it
-//! has published, so that only a dead one's omission is ever seen.
+//! in the WAL index; one whose writes are lost on their way has published what is not there. Such
+//! an index is invalidated: the next connection recovers it from the WAL.
+//!
+//! Invariants:
+//! - An index that nobody has open is left alone: who opens it next finds nobody, and begins it
+//!   anew. The node must not be somebody to it then, or it would be taken for good.
+//! - One that is open is compared under the WRITE lock, which a living writer holds until it has
+//!   published, so that only a dead one's doing is ever seen.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -21,7 +26,8 @@ use super::shm::SharedIndex;
 pub(super) const WRITER_WAIT: Duration = Duration::from_secs(2);
 
 impl Database {
-    /// Invalidates the WAL index if it is behind what is committed, waiting this long for a writer.
+    /// Invalidates the WAL index if it differs from what is committed, waiting this long for a
+    /// writer.
     pub(super) fn check_index(self: &Arc<Self>, wait: Duration) {
         if let Err(e) = self.try_check_index(wait) {
             tracing::warn!(db = self.name, error = %e, "the WAL index could not be checked");
@@ -40,30 +46,35 @@ impl Database {
         let ino = {
             let mut st = self.lock();
             match &st.files.shm {
-                Some(shm) if st.wal.committed > 0 || st.wal.stale => shm.ino,
+                Some(shm) => shm.ino,
                 // Without an index nobody has a transaction open.
-                _ => {
+                None => {
                     st.wal.stale = false;
                     return Ok(());
                 }
             }
         };
-        let mut shared = match SharedIndex::open(self, ino) {
-            Ok(s) => s,
-            // Deleted in the meantime: with it goes what was behind.
+        let mut shared = match SharedIndex::open_if_used(self, ino) {
+            Ok(Some(s)) => s,
+            // Nor does anybody without a connection.
+            Ok(None) => {
+                self.lock().wal.stale = false;
+                return Ok(());
+            }
+            // Deleted in the meantime: with it goes what was wrong.
             Err(_) if self.file(FileKind::Shm).is_none_or(|f| f.ino != ino) => {
                 self.lock().wal.stale = false;
                 return Ok(());
             }
             Err(e) => return Err(e),
         };
-        let result = self.roll_forward(&mut shared, wait);
+        let result = self.correct(&mut shared, wait);
         shared.close(self);
         result
     }
 
-    fn roll_forward(&self, shared: &mut SharedIndex, wait: Duration) -> Result<(), StoreError> {
-        if !self.lock().wal.stale && !self.is_behind(shared.ensure(self, 1)?) {
+    fn correct(&self, shared: &mut SharedIndex, wait: Duration) -> Result<(), StoreError> {
+        if !self.lock().wal.stale && self.fault_of(shared.ensure(self, 1)?).is_none() {
             return Ok(());
         }
         let fd = shared
@@ -80,25 +91,29 @@ impl Database {
         // Whoever writes now has begun since.
         self.lock().wal.stale = false;
         let index = shared.ensure(self, 1)?;
-        if self.is_behind(index) {
+        if let Some(fault) = self.fault_of(index) {
             index.invalidate_header();
-            tracing::info!(
-                db = self.name,
-                "a writer died after its commit: the transaction was rolled forward"
-            );
+            tracing::info!(db = self.name, "{fault}");
         }
         Ok(())
     }
 
-    fn is_behind(&self, index: &WalIndex) -> bool {
-        let Some(h) = index.read_header() else {
-            return false;
-        };
+    /// What is wrong with the index, if no writer is at work.
+    fn fault_of(&self, index: &WalIndex) -> Option<&'static str> {
+        const AHEAD: &str = "the WAL index has frames that are not committed: it is recovered";
+        let h = index.read_header()?;
         let st = self.lock();
-        let Some(wal) = st.wal.header else {
-            return false;
-        };
-        // Other salts: the index was restarted already, and the WAL's header is still to follow.
-        (h.salt1, h.salt2) == (wal.salt1, wal.salt2) && (h.mx_frame as usize) < st.wal.committed
+        let (mx_frame, committed) = (h.mx_frame as usize, st.wal.committed);
+        let salts = st.wal.header.map(|wal| (wal.salt1, wal.salt2));
+        if salts != Some((h.salt1, h.salt2)) {
+            // The index is restarted first, and the WAL's header follows.
+            return (mx_frame > 0).then_some(AHEAD);
+        }
+        if mx_frame < committed {
+            return Some("a writer died after its commit: the transaction was rolled forward");
+        }
+        let is_it = mx_frame == committed
+            && (mx_frame == 0 || h.frame_checksum == st.wal.chain_before(mx_frame));
+        (!is_it).then_some(AHEAD)
     }
 }

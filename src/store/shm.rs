@@ -35,20 +35,32 @@ unsafe impl Send for SharedIndex {}
 impl SharedIndex {
     /// Opens the index of the database, which must exist in the mount.
     pub fn open(db: &Database, ino: u64) -> Result<SharedIndex, StoreError> {
-        let name = db.mount_name(FileKind::Shm);
-        let io = |e| StoreError::io("open WAL index", &name)(e);
-        let file = db.open_in_mount(FileKind::Shm).map_err(io)?;
-        let deadline = clock::now() + DMS_WAIT;
-        if !locks::lock_until(file.as_fd(), LockKind::Shared, locks::WAL_DMS, 1, deadline)
-            .map_err(io)?
-        {
-            return Err(StoreError::LockTimeout {
-                db: db.name.clone(),
-                lock: "the WAL index's DMS lock",
-                holder: String::new(),
-                seconds: DMS_WAIT.as_secs(),
-            });
+        let file = open_file(db)?;
+        attach(db, &file)?;
+        Self::map(db, ino, file)
+    }
+
+    /// The same, if a connection has it open.
+    pub fn open_if_used(db: &Database, ino: u64) -> Result<Option<SharedIndex>, StoreError> {
+        let file = open_file(db)?;
+        // Who comes while it is held exclusively tries again, as when another connection sets the
+        // file up.
+        let is_unused = || {
+            locks::try_lock(file.as_fd(), LockKind::Exclusive, locks::WAL_DMS, 1)
+                .map_err(StoreError::io("lock", db.mount_name(FileKind::Shm)))
+        };
+        if is_unused()? {
+            return Ok(None);
         }
+        attach(db, &file)?;
+        // A process that is just ending gives up its handles one by one: it may be gone by now.
+        if is_unused()? {
+            return Ok(None);
+        }
+        Self::map(db, ino, file).map(Some)
+    }
+
+    fn map(db: &Database, ino: u64, file: File) -> Result<SharedIndex, StoreError> {
         let mut shared = SharedIndex {
             ino,
             file,
@@ -117,6 +129,28 @@ impl SharedIndex {
             *mapped = (0, 0);
         }
     }
+}
+
+fn open_file(db: &Database) -> Result<File, StoreError> {
+    let name = db.mount_name(FileKind::Shm);
+    db.open_in_mount(FileKind::Shm)
+        .map_err(StoreError::io("open WAL index", name))
+}
+
+/// Becomes one of those that have the index open.
+fn attach(db: &Database, file: &File) -> Result<(), StoreError> {
+    let deadline = clock::now() + DMS_WAIT;
+    if locks::lock_until(file.as_fd(), LockKind::Shared, locks::WAL_DMS, 1, deadline)
+        .map_err(StoreError::io("lock", db.mount_name(FileKind::Shm)))?
+    {
+        return Ok(());
+    }
+    Err(StoreError::LockTimeout {
+        db: db.name.clone(),
+        lock: "the WAL index's DMS lock",
+        holder: String::new(),
+        seconds: DMS_WAIT.as_secs(),
+    })
 }
 
 impl Drop for SharedIndex {

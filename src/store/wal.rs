@@ -202,6 +202,10 @@ impl Database {
         } else if offset < st.wal.committed_end() {
             self.context.keep(Job::CheckIndex(self.clone()));
             return Err(self.refuse("a write into the committed part of the WAL, by a connection that does not know of the last transaction: it will see it when it tries again"));
+        } else if st.wal.header.is_none() {
+            // It could not be captured. SQLite writes the header first, unless its index is wrong.
+            self.context.keep(Job::CheckIndex(self.clone()));
+            return Err(self.refuse("a write of a WAL frame without a valid WAL header: it succeeds when it is tried again"));
         }
         let path = self.path(FileKind::Wal);
         wal.file

@@ -5,6 +5,7 @@ pub(crate) mod bed;
 mod capture;
 mod divergent;
 mod hostile;
+mod index;
 mod log;
 mod log_damage;
 mod receive;
