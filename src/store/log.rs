@@ -18,13 +18,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use parking_lot::{Mutex, MutexGuard};
+use parking_lot::Mutex;
 
 use crc_fast::CrcAlgorithm::Crc64GoIso;
 
 use crate::clock;
 use crate::ltx;
 
+use super::appender::Appender;
 use super::context::{Options, Random};
 use super::disk::{Disk, File, Open};
 use super::error::StoreError;
@@ -32,16 +33,14 @@ use super::log_recovery::{self, sync_dir};
 use super::segment::{self, BodyReader, RECORD_HEADER_SIZE, RecordHeader, Segment};
 
 /// A segment that has grown to this many bytes is followed by a new one.
-const SEGMENT_SIZE: u64 = 4 << 20;
-/// First preallocation of a segment; doubled up to a quarter of the segment.
-const FIRST_ALLOCATION: u64 = 64 << 10;
+pub(super) const SEGMENT_SIZE: u64 = 4 << 20;
 /// The segment of a snapshot that is to replace the log.
 pub(super) const REPLACEMENT: &str = "replacement";
 /// The segment of a snapshot that is being written and may replace the log when it is whole. A start
 /// does not look at it.
 const ASIDE: &str = "aside";
 /// How much of a record is gathered before it is written.
-const WRITE_BUFFER: usize = 1 << 20;
+pub(super) const WRITE_BUFFER: usize = 1 << 20;
 
 type Done = Box<dyn FnOnce(io::Result<()>) + Send>;
 
@@ -60,14 +59,15 @@ pub struct Log {
     on_flushed: OnceLock<Box<dyn Fn(u64) + Send + Sync>>,
 }
 
-struct Inner {
-    segments: VecDeque<Segment>,
+/// What the log knows of its segments.
+pub(super) struct Inner {
+    pub(super) segments: VecDeque<Segment>,
     /// When the active segment was begun.
     began: Instant,
     /// Number of appends so far, for [`FlushState`].
-    seq: u64,
+    pub(super) seq: u64,
     /// Last TXID known to be on disk.
-    flushed_txid: u64,
+    pub(super) flushed_txid: u64,
     /// How often another log took this one's place: what a flush found before is of no use after.
     history: u64,
     /// Files of ended segments, and directories, that the next flush must sync too.
@@ -77,7 +77,7 @@ struct Inner {
     /// The directories above have been synced in this life, or will be with the next flush.
     has_names: bool,
     /// Why nothing more can be appended.
-    failed: Option<String>,
+    pub(super) failed: Option<String>,
 }
 
 impl Inner {
@@ -284,17 +284,13 @@ impl Log {
         if rotate {
             self.rotate(&mut inner, min_txid, max_txid, replaces)?;
         }
-        Ok(Appender {
-            disk: &*self.disk,
+        Ok(Appender::new(
+            &*self.disk,
             inner,
             min_txid,
             max_txid,
             replaces,
-            length: 0,
-            crc: crc_fast::Digest::new(Crc64GoIso),
-            buffer: vec![0u8; RECORD_HEADER_SIZE],
-            buffer_at: 0,
-        })
+        ))
     }
 
     fn rotate(
@@ -653,98 +649,13 @@ impl LogRecord {
     }
 }
 
-/// A record being written. Dropped without [`Appender::commit`], it never was.
-pub struct Appender<'a> {
-    disk: &'a dyn Disk,
-    inner: MutexGuard<'a, Inner>,
-    min_txid: u64,
-    max_txid: u64,
-    replaces: bool,
-    length: u64,
-    crc: crc_fast::Digest,
-    /// Bytes not written yet; they go to `buffer_at` after the tail. The first ones are the header.
-    buffer: Vec<u8>,
-    buffer_at: u64,
-}
-
-impl Appender<'_> {
-    /// Makes the record part of the log. Returns nothing: whoever needs it on disk flushes.
-    pub fn commit(mut self) -> Result<(), StoreError> {
-        let path = self.segment().path.clone();
-        self.finish()
-            .map_err(StoreError::io("append to log segment", &path))?;
-        if self.replaces
-            && let Err(e) = self.take_place()
-        {
-            self.inner.failed = Some(format!("a snapshot could not take its place: {e}"));
-            return Err(e);
-        }
-        Ok(())
-    }
-
-    fn segment(&mut self) -> &mut Segment {
-        self.inner.segments.back_mut().expect("begin() made one")
-    }
-
-    fn finish(&mut self) -> io::Result<()> {
-        let header = RecordHeader {
-            length: self.length,
-            min_txid: self.min_txid,
-            max_txid: self.max_txid,
-            flushed_txid: if self.replaces {
-                0
-            } else {
-                self.inner.flushed_txid
-            },
-            body_crc: self.crc.finalize(),
-        };
-        let salt = self.segment().salt;
-        let encoded = header.encode(salt);
-        if self.buffer_at == 0 {
-            self.buffer[..RECORD_HEADER_SIZE].copy_from_slice(&encoded);
-            self.write_out()?;
-        } else {
-            self.write_out()?;
-            let seg = self.segment();
-            seg.file.write_all_at(&encoded, seg.tail)?;
-        }
-        self.segment().push(&header);
-        self.inner.seq += 1;
-        Ok(())
-    }
-
-    /// Writes the buffered bytes, preallocating as needed.
-    fn write_out(&mut self) -> io::Result<()> {
-        let at = self.buffer_at;
-        let buffer = std::mem::take(&mut self.buffer);
-        let seg = self.segment();
-        let (start, end) = (seg.tail + at, seg.tail + at + buffer.len() as u64);
-        if end > seg.allocated {
-            preallocate(seg, end);
-        }
-        // Before the header is in place, its room keeps the zeros that end the log.
-        let skip = if at == 0 && buffer[..4] == [0; 4] {
-            RECORD_HEADER_SIZE
-        } else {
-            0
-        };
-        seg.file
-            .write_all_at(&buffer[skip..], start + skip as u64)?;
-        self.buffer_at = at + buffer.len() as u64;
-        self.buffer = buffer;
-        self.buffer.clear();
-        Ok(())
-    }
-
-    fn take_place(&mut self) -> Result<(), StoreError> {
-        let new = self.inner.segments.pop_back().expect("the snapshot's");
-        self.inner.take_place(self.disk, new)
-    }
-}
-
 impl Inner {
     /// A snapshot stands for everything: once it is on disk, the log before it goes.
-    fn take_place(&mut self, disk: &dyn Disk, mut new: Segment) -> Result<(), StoreError> {
+    pub(super) fn take_place(
+        &mut self,
+        disk: &dyn Disk,
+        mut new: Segment,
+    ) -> Result<(), StoreError> {
         let max_txid = new.first_max;
         new.file
             .sync_all()
@@ -771,22 +682,6 @@ impl Inner {
     }
 }
 
-impl Drop for Appender<'_> {
-    /// A segment that was begun for a record that is given up goes with it: the next record is
-    /// another one, and an empty segment between others would look like a gap.
-    fn drop(&mut self) {
-        if !self.inner.segments.back().is_some_and(Segment::is_empty) {
-            return;
-        }
-        if let Some(s) = self.inner.segments.pop_back()
-            && let Err(e) = self.disk.remove_file(&s.path)
-        {
-            let reason = format!("{} is empty and cannot be removed: {e}", s.path.display());
-            self.inner.failed = Some(reason);
-        }
-    }
-}
-
 /// The body of a record that is written outside of the log.
 struct Body {
     file: File,
@@ -800,31 +695,6 @@ impl Write for Body {
         self.file.write_all_at(buf, self.at + self.length)?;
         self.crc.update(buf);
         self.length += buf.len() as u64;
-        Ok(buf.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Extends the file so that commits change no metadata. A file system that cannot costs speed only.
-fn preallocate(seg: &mut Segment, end: u64) {
-    let step = seg.allocated.clamp(FIRST_ALLOCATION, SEGMENT_SIZE / 4);
-    let target = end.next_multiple_of(4096) + step;
-    if seg.file.allocate(target).is_ok() {
-        seg.allocated = target;
-    }
-}
-
-impl Write for Appender<'_> {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.buffer.extend_from_slice(buf);
-        self.crc.update(buf);
-        self.length += buf.len() as u64;
-        if self.buffer.len() >= WRITE_BUFFER {
-            self.write_out()?;
-        }
         Ok(buf.len())
     }
 

@@ -19,6 +19,7 @@ use tokio::sync::{broadcast, watch};
 
 use crate::ltx::Pos;
 
+mod appender;
 mod capture;
 mod checkpoint;
 mod clients;
