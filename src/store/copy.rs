@@ -102,7 +102,8 @@ impl CopiedFile {
         if offset.saturating_add(data.len() as u64) > MAX_FILE_SIZE {
             return Err(self.refuse("a copy beyond the largest size of a database"));
         }
-        if offset == 0 && data.len() >= header::MAGIC.len() && !data.starts_with(&header::MAGIC) {
+        let begins = data.len().min(header::MAGIC.len());
+        if offset == 0 && data[..begins] != header::MAGIC[..begins] {
             let what = "what is written does not begin as a SQLite database does, and nothing else can be kept here";
             let mut state = self.state.lock();
             if matches!(*state, State::Empty) {
