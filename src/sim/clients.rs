@@ -19,10 +19,7 @@ use super::node::{Cluster, Life};
 use super::process;
 
 /// The databases, with their journal modes.
-pub(crate) const DATABASES: [(&str, &str); 2] = [("w.db", "wal"), (ROLLBACK, "delete")];
-
-/// The one in a rollback mode.
-pub(crate) const ROLLBACK: &str = "d.db";
+pub(crate) const DATABASES: [(&str, &str); 2] = [("w.db", "wal"), ("d.db", "delete")];
 
 /// Writes on a node until the world ends.
 pub(crate) async fn writer(cluster: Arc<Cluster>, node: usize, application: usize) {

@@ -20,7 +20,6 @@ use crate::store::{Background, Event, HALT_TTL, Options, Random, Store};
 use crate::task;
 
 use super::check::Checker;
-use super::clients::ROLLBACK;
 use super::disk::NodeDisk;
 use super::lease::{Service, SimLeaser};
 use super::net::{Net, SimPeers};
@@ -304,16 +303,7 @@ impl Cluster {
         loop {
             let event = life.events.lock().try_recv();
             match event {
-                Ok(event) => {
-                    self.checker.event(id, &event);
-                    if let Event::Divergent { db, .. } = &event
-                        && *db == ROLLBACK
-                        && std::env::var_os("TENURE_SIM_KEEP").is_none()
-                    {
-                        let mut open = life.connections.lock();
-                        open.retain(|(_, name), _| name != db);
-                    }
-                }
+                Ok(event) => self.checker.event(id, &event),
                 Err(broadcast::error::TryRecvError::Lagged(n)) => {
                     panic!("{n} events of n{id} were missed")
                 }
