@@ -80,18 +80,24 @@ pub fn unlock(fd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<()> {
 /// The process that keeps this description from locking the range exclusively, if one does and the
 /// kernel knows it: locks of other open file descriptions have no process.
 pub fn holder(fd: BorrowedFd<'_>, start: u64, len: u64) -> Option<i32> {
-    let mut range = libc::flock {
-        l_type: libc::F_WRLCK as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: start.try_into().ok()?,
-        l_len: len.try_into().ok()?,
-        l_pid: 0,
-    };
+    let found = conflict(fd, start, len).ok()??;
+    (found.l_pid > 0).then_some(found.l_pid)
+}
+
+/// Whether nobody else has a lock in the range, of whichever kind.
+pub fn is_free(fd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<bool> {
+    Ok(conflict(fd, start, len)?.is_none())
+}
+
+/// A lock that keeps this description from locking the range exclusively.
+fn conflict(fd: BorrowedFd<'_>, start: u64, len: u64) -> io::Result<Option<libc::flock>> {
+    let mut range = range_of(libc::F_WRLCK, start, len)?;
     // SAFETY: `fd` is open for as long as it is borrowed, and `range` is a whole `flock` that
     // outlives the call, which fills it.
-    let r = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut range) };
-    (r == 0 && range.l_type != libc::F_UNLCK as libc::c_short && range.l_pid > 0)
-        .then_some(range.l_pid)
+    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &mut range) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((range.l_type != libc::F_UNLCK as libc::c_short).then_some(range))
 }
 
 /// As [`try_lock`], but tries again until `deadline` (at least once, and once more at its end),
@@ -150,22 +156,7 @@ impl Drop for LockGuard<'_> {
 }
 
 fn set_lock(fd: BorrowedFd<'_>, kind: libc::c_int, start: u64, len: u64) -> io::Result<()> {
-    // A length of zero means "to the end of the file and beyond" to the kernel; nobody here does.
-    if len == 0 {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a lock on no bytes",
-        ));
-    }
-    let out_of_range = |_| io::Error::new(io::ErrorKind::InvalidInput, "a lock beyond 2^63 bytes");
-    // The kernel's ABI has these as 16-bit numbers; all of libc's constants fit.
-    let range = libc::flock {
-        l_type: kind as libc::c_short,
-        l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: start.try_into().map_err(out_of_range)?,
-        l_len: len.try_into().map_err(out_of_range)?,
-        l_pid: 0, // must be zero for open file description locks
-    };
+    let range = range_of(kind, start, len)?;
     loop {
         // SAFETY: `fd` is open for as long as it is borrowed, and `range` is a whole `flock` that
         // outlives the call, which only reads it.
@@ -177,4 +168,23 @@ fn set_lock(fd: BorrowedFd<'_>, kind: libc::c_int, start: u64, len: u64) -> io::
             return Err(error);
         }
     }
+}
+
+fn range_of(kind: libc::c_int, start: u64, len: u64) -> io::Result<libc::flock> {
+    // A length of zero means "to the end of the file and beyond" to the kernel; nobody here does.
+    if len == 0 {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a lock on no bytes",
+        ));
+    }
+    let out_of_range = |_| io::Error::new(io::ErrorKind::InvalidInput, "a lock beyond 2^63 bytes");
+    // The kernel's ABI has these as 16-bit numbers; all of libc's constants fit.
+    Ok(libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start.try_into().map_err(out_of_range)?,
+        l_len: len.try_into().map_err(out_of_range)?,
+        l_pid: 0, // must be zero for open file description locks
+    })
 }

@@ -46,9 +46,9 @@ impl Database {
         let ino = {
             let mut st = self.lock();
             match &st.files.shm {
-                Some(shm) => shm.ino,
+                Some(shm) if st.files.wal.is_some() || st.wal.stale => shm.ino,
                 // Without an index nobody has a transaction open.
-                None => {
+                _ => {
                     st.wal.stale = false;
                     return Ok(());
                 }

@@ -43,11 +43,12 @@ impl SharedIndex {
     /// The same, if a connection has it open.
     pub fn open_if_used(db: &Database, ino: u64) -> Result<Option<SharedIndex>, StoreError> {
         let file = open_file(db)?;
-        // Who comes while it is held exclusively tries again, as when another connection sets the
-        // file up.
+        // Asked, not tried: a connection that came meanwhile would be told that it is busy.
         let is_unused = || {
-            locks::try_lock(file.as_fd(), LockKind::Exclusive, locks::WAL_DMS, 1)
-                .map_err(StoreError::io("lock", db.mount_name(FileKind::Shm)))
+            locks::is_free(file.as_fd(), locks::WAL_DMS, 1).map_err(StoreError::io(
+                "ask for the locks of",
+                db.mount_name(FileKind::Shm),
+            ))
         };
         if is_unused()? {
             return Ok(None);

@@ -1,11 +1,11 @@
 //! A WAL index that does not say what is committed: nobody goes by it.
 
 use std::fs::File;
-use std::os::raw::c_int;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
-use rusqlite::{Connection, ffi};
+use rusqlite::Connection;
+use rusqlite::config::DbConfig;
 
 use super::bed::{Bed, integrity, set_mode};
 use super::vfs::wait;
@@ -139,7 +139,9 @@ fn an_index_that_nobody_has_open_is_begun_anew() {
     wait_until_disbelieved(&bed, "ahead");
     for turn in 0..300 {
         assert_eq!(count(&c), 1, "turn {turn}");
-        keep_the_wal(&c);
+        // The last one leaves the WAL and its index where they are, as a process does that dies.
+        c.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+            .unwrap();
         drop(c);
         let shm = File::options()
             .write(true)
@@ -152,22 +154,6 @@ fn an_index_that_nobody_has_open_is_begun_anew() {
     assert_eq!(count(&c), 1);
     integrity(&c);
     bed.check_killed(DB);
-}
-
-/// The last one to close the database leaves its WAL and its index where they are, as a process
-/// does that dies.
-fn keep_the_wal(c: &Connection) {
-    let mut on: c_int = 1;
-    // SAFETY: an open connection, the name of a database of it, and what the call asks for.
-    let code = unsafe {
-        ffi::sqlite3_file_control(
-            c.handle(),
-            c"main".as_ptr(),
-            ffi::SQLITE_FCNTL_PERSIST_WAL,
-            (&raw mut on).cast(),
-        )
-    };
-    assert_eq!(code, ffi::SQLITE_OK);
 }
 
 #[test]
