@@ -569,8 +569,8 @@ impl Log {
     pub fn prune(&self, keep_after: u64, older_than: Duration) -> Result<u64, StoreError> {
         let mut removed = 0;
         loop {
-            let oldest = {
-                let mut inner = self.inner.lock();
+            let (path, len) = {
+                let inner = self.inner.lock();
                 let Some(s) = inner.segments.front() else {
                     break;
                 };
@@ -584,13 +584,21 @@ impl Log {
                 {
                     break;
                 }
-                inner.segments.pop_front()
+                (s.path.clone(), s.len() as u64)
             };
-            let Some(s) = oldest else { break };
+            // One that came back after a crash, without those that followed, would be a gap: that
+            // the one before it is gone is on disk first, and one that stays is tried again.
+            sync_dir(&*self.disk, &self.dir)?;
+            let mut inner = self.inner.lock();
+            if inner.segments.front().is_none_or(|s| s.path != path) {
+                // Others have removed it, or a snapshot took the place of all.
+                continue;
+            }
             self.disk
-                .remove_file(&s.path)
-                .map_err(StoreError::io("remove log segment", &s.path))?;
-            removed += s.len() as u64;
+                .remove_file_if_there(&path)
+                .map_err(StoreError::io("remove log segment", &path))?;
+            inner.segments.pop_front();
+            removed += len;
         }
         Ok(removed)
     }

@@ -195,9 +195,12 @@ impl World {
         self.disk.crash_at(None);
         self.disk.set_faults(Faults::default());
         let excused = self.disk.is_dead() || self.is_faulty();
-        let broken = |s: &Arc<Store>| s.databases().iter().any(|db| db.broken().is_some());
+        // It takes no writes either where it could not note that it does.
+        let maimed = |s: &Arc<Store>| {
+            !s.is_writable() || s.databases().iter().any(|db| db.broken().is_some())
+        };
         match opened {
-            Ok(()) if excused && self.store.as_ref().is_some_and(broken) => self.disk.die(),
+            Ok(()) if excused && self.store.as_ref().is_some_and(maimed) => self.disk.die(),
             Ok(()) => {
                 self.check();
                 self.disk.set_faults(self.faults);
