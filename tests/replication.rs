@@ -215,6 +215,49 @@ fn a_node_of_another_cluster_is_left_alone() {
     );
 }
 
+/// SQLite counts only the first transaction of such a writer: what readers have cached looks current.
+#[test]
+fn a_writer_in_the_exclusive_locking_mode_is_seen_on_the_replica() {
+    let pair = Cluster::static_pair(120);
+    create(&pair.primary, "x.db", "delete");
+    insert(&pair.primary, "x.db", 0, 50);
+    pair.assert_same("x.db");
+    let writer = open(&pair.primary, "x.db");
+    writer
+        .execute_batch("PRAGMA locking_mode = EXCLUSIVE")
+        .expect("a locking mode");
+    let sum = |db: &Connection| -> rusqlite::Result<i64> {
+        db.query_row("SELECT sum(length(b)) FROM t", [], |row| row.get(0))
+    };
+    for n in 1..6 {
+        let reader = open(&pair.replica, "x.db");
+        sum(&reader).expect("read");
+        writer
+            .execute("UPDATE t SET b = zeroblob(?1)", [1000 + n])
+            .expect("update");
+        wait_until("what was written, on the replica", SOON, || {
+            match sum(&open(&pair.replica, "x.db")) {
+                Ok(sum) if sum == 50 * (1000 + n) => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        });
+        // Or it is to be opened anew.
+        let read = sum(&reader);
+        assert!(
+            read.as_ref().map_or(true, |s| *s == 50 * (1000 + n)),
+            "{read:?}"
+        );
+        if let Err(error) = read {
+            assert_eq!(
+                error.sqlite_error_code(),
+                Some(rusqlite::ErrorCode::SystemIoFailure)
+            );
+        }
+    }
+    drop(writer);
+    pair.assert_same("x.db");
+}
+
 #[test]
 fn a_long_reader_on_a_wal_replica_keeps_its_snapshot_and_stops_nobody() {
     let pair = Cluster::static_pair(120);

@@ -192,6 +192,8 @@ impl StoreError {
             StoreError::Name(_) | StoreError::NotADatabase { .. } => libc::EINVAL,
             StoreError::TooManyDatabases(_) => libc::ENOSPC,
             StoreError::NoDatabase(_) => libc::ENOENT,
+            // Of EIO SQLite makes a corrupt database.
+            StoreError::Replaced(_) => libc::ESTALE,
             _ => libc::EIO,
         }
     }
