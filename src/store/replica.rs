@@ -489,6 +489,10 @@ impl Database {
     /// of another history may have a lower one, which then comes by again what it was here; and a
     /// connection in the exclusive locking mode counts its first transaction only.
     fn may_look_the_same(&self, st: &State, incoming: &Incoming) -> bool {
+        if st.page_count == 0 {
+            // There is nothing that could be cached.
+            return false;
+        }
         let mut page = vec![0u8; st.page_size as usize];
         let read = st.read_committed(self, 1, &mut page);
         let here = read.ok().and_then(|_| DbHeader::parse(&page).ok());
