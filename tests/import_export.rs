@@ -529,9 +529,9 @@ fn a_client_that_does_not_read_an_export_is_cut_off() {
     );
     let mut stream = TcpStream::connect(&node.options.http).expect("connect");
     stream.set_read_timeout(Some(LIMIT)).expect("limit");
+    let began = Instant::now();
     write!(stream, "GET /export?name=x.db HTTP/1.1\r\nHost: x\r\n\r\n").expect("send");
     sqlite3(&node.db("x.db"), "UPDATE t SET a = 1;");
-    let began = Instant::now();
     common::wait_until("the end of the export", common::SOON, || {
         match node.log().contains("an export was cut off") {
             true => Ok(()),

@@ -91,6 +91,15 @@ fn change_counter(file: &File) -> u32 {
     }
 }
 
+/// What was redone.
+struct Redone {
+    /// At least one transaction.
+    any: bool,
+    /// Among them a deletion, or a snapshot: the file that was found may be the one from before, which
+    /// a loss of power brings back, and its change counter says nothing of what followed.
+    anew: bool,
+}
+
 impl Database {
     /// False: there is nothing to recover.
     fn recover(
@@ -117,13 +126,15 @@ impl Database {
         st.sums = sums;
         let before = change_counter(&file);
         let start = self.redo_start(&mut st)?;
-        let redone = self.redo(&mut st, &file, start)?;
-        self.check_nothing_lost(before, &file)?;
+        let Redone { any, anew } = self.redo(&mut st, &file, start)?;
+        if !anew {
+            self.check_nothing_lost(before, &file)?;
+        }
         self.finish_recovery(&mut st, file)?;
         let unsaved = st.saved.pos != st.pos;
         drop(st);
         self.remove_leftovers()?;
-        if redone || unsaved {
+        if any || unsaved {
             self.checkpoint()?;
         }
         Ok(true)
@@ -151,11 +162,14 @@ impl Database {
             .map_err(StoreError::io("open database", &path))
     }
 
-    /// Applies every record from `start` on to the file. True if there was any.
-    fn redo(&self, st: &mut State, file: &File, start: u64) -> Result<bool, StoreError> {
+    /// Applies every record from `start` on to the file.
+    fn redo(&self, st: &mut State, file: &File, start: u64) -> Result<Redone, StoreError> {
         let last = self.log().last_txid();
         let mut next = start;
-        let redone = next <= last;
+        let mut redone = Redone {
+            any: next <= last,
+            anew: false,
+        };
         while next <= last {
             let Some(record) = self.log().read(next)? else {
                 return Err(StoreError::corrupt(
@@ -166,12 +180,10 @@ impl Database {
             let max = record.header.max_txid;
             let context = format!("{}, transaction {max:016x}", record.path.display());
             let reader = std::io::BufReader::with_capacity(256 << 10, record.body);
-            self.redo_record(
-                st,
-                file,
-                Decoder::new(reader).map_err(StoreError::ltx(&context))?,
-                &context,
-            )?;
+            let decoder = Decoder::new(reader).map_err(StoreError::ltx(&context))?;
+            let header = decoder.header();
+            redone.anew |= header.commit == 0 || (header.is_snapshot() && max > 1);
+            self.redo_record(st, file, decoder, &context)?;
             next = max + 1;
         }
         Ok(redone)
