@@ -539,12 +539,13 @@ impl Database {
         if !st.journal_active {
             return Ok(());
         }
-        let path = self.path(FileKind::Journal);
-        if let Some(f) = st.files.journal.take() {
-            f.delete();
+        if let Some(f) = st.files.journal.clone() {
+            // One that stays is still hot, and what it stands for must stay with it.
             self.disk()
-                .remove_file(&path)
-                .map_err(StoreError::io("remove", &path))?;
+                .remove_file(&self.path(FileKind::Journal))
+                .map_err(self.io("remove", FileKind::Journal))?;
+            f.delete();
+            st.files.journal = None;
         }
         st.journal_active = false;
         st.overlay.clear();
