@@ -172,10 +172,12 @@ impl Watch {
 
 impl Request {
     fn end(self, result: Result<u64, i32>) {
+        let refused = result == Err(libc::EACCES);
+        if !refused && self.began.is_none() {
+            return;
+        }
         let file = self.file.or_else(|| self.watch.file_name(self.ino));
-        if result == Err(libc::EACCES)
-            && let Some(file) = &file
-        {
+        if refused && let Some(file) = &file {
             self.watch.refused(file);
         }
         if let (Some((at, began)), Some(log)) = (self.began, &self.watch.observers.log) {
