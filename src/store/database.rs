@@ -411,6 +411,15 @@ impl Database {
         db
     }
 
+    /// For `map_err`, as [`StoreError::io`]: the path is made only if there is an error.
+    pub(super) fn io(
+        &self,
+        action: &'static str,
+        kind: FileKind,
+    ) -> impl FnOnce(std::io::Error) -> StoreError {
+        move |e| StoreError::io(action, self.path(kind))(e)
+    }
+
     /// Its name in the mount.
     pub fn name(&self) -> &str {
         &self.name

@@ -25,6 +25,11 @@ pub type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 pub(super) const MAX_FILE_SIZE: u64 = 1 << 46;
 
 impl State {
+    /// Whether this is the WAL that is written to.
+    fn is_wal(&self, f: &DbFile) -> bool {
+        self.files.wal.as_ref().is_some_and(|w| w.ino == f.ino)
+    }
+
     /// Of bytes that were read from the database file, the first whole page that is not what is
     /// committed, though it must be.
     fn rotten_page(&self, f: &DbFile, offset: u64, bytes: &[u8]) -> Option<u32> {
@@ -112,18 +117,21 @@ impl Database {
         offset: u64,
         buf: &mut [u8],
     ) -> Result<usize, StoreError> {
-        let read = |buf: &mut [u8]| {
-            read_some(&*f.file, offset, buf).map_err(StoreError::io("read", self.path(f.kind)))
-        };
+        let read =
+            |buf: &mut [u8]| read_some(&*f.file, offset, buf).map_err(self.io("read", f.kind));
         if f.is_replaced() {
             return Err(StoreError::Replaced(self.mount_name(f.kind)));
         }
-        if f.kind != FileKind::Database || f.is_deleted() {
-            self.check_usable(&self.lock())?;
-            return read(buf);
-        }
         let mut st = self.lock();
         self.check_usable(&st)?;
+        if st.is_wal(f) && st.wal.tail.overlaps(offset, buf.len()) {
+            let n = read(buf)?;
+            return Ok(st.wal.tail.read_over(offset, buf, n));
+        }
+        if f.kind != FileKind::Database || f.is_deleted() {
+            drop(st);
+            return read(buf);
+        }
         let end = st.view_size.min(offset + buf.len() as u64);
         let want = end.saturating_sub(offset) as usize;
         let buf = &mut buf[..want];
@@ -250,17 +258,16 @@ impl Database {
     ) -> Result<Option<JournalEnd>, StoreError> {
         let mut st = self.lock();
         self.check_writable(&st)?;
-        let path = self.path(FileKind::Journal);
         if offset >= journal::MAGIC.len() as u64 {
             drop(st);
             return f
                 .file
                 .write_all_at(data, offset)
-                .map_err(StoreError::io("write", &path))
+                .map_err(self.io("write", FileKind::Journal))
                 .map(|()| None);
         }
         let mut head = [0u8; journal::MAGIC.len()];
-        read_or_zeros(&*f.file, 0, &mut head).map_err(StoreError::io("read", &path))?;
+        read_or_zeros(&*f.file, 0, &mut head).map_err(self.io("read", FileKind::Journal))?;
         let n = data.len().min(head.len() - offset as usize);
         head[offset as usize..offset as usize + n].copy_from_slice(&data[..n]);
         let active = journal::is_active(&head);
@@ -269,7 +276,7 @@ impl Database {
         }
         f.file
             .write_all_at(data, offset)
-            .map_err(StoreError::io("write", &path))?;
+            .map_err(self.io("write", FileKind::Journal))?;
         if active && !st.journal_active {
             self.begin_rollback(&mut st)?;
         }
@@ -361,6 +368,11 @@ impl Database {
         } else {
             let committed = st.wal.committed;
             st.wal.frames.truncate(committed);
+            st.wal
+                .tail
+                .write_out(&*f.file)
+                .map_err(self.io("write WAL", FileKind::Wal))?;
+            st.wal.tail.clear();
             st.wal.written_to = st.wal.written_to.min(size);
         }
         f.file
@@ -543,10 +555,16 @@ impl Database {
         if f.kind == FileKind::Database && !f.is_deleted() {
             return Ok(self.lock().view_size);
         }
-        Ok(f.file
+        let in_file = f
+            .file
             .metadata()
             .map_err(StoreError::io("stat", self.path(f.kind)))?
-            .len())
+            .len();
+        let st = self.lock();
+        if st.is_wal(f) {
+            return Ok(in_file.max(st.wal.tail.end()));
+        }
+        Ok(in_file)
     }
 }
 

@@ -65,6 +65,7 @@ mod super_journal;
 #[cfg(test)]
 pub(crate) mod tests;
 mod wal;
+mod wal_tail;
 
 pub use context::{Background, Event, Options, Random, Subscription};
 pub use copy::CopiedFile;

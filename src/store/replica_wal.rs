@@ -169,6 +169,7 @@ impl Database {
         }
         let start = st.wal.committed;
         st.wal.frames.truncate(start);
+        st.wal.tail.clear();
         let mut chain = st.wal.chain_before(start);
         // A snapshot brings pages that are there already; a transaction brings none of these.
         let mut pages: Vec<(u32, u64)> = c

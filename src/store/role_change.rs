@@ -157,6 +157,7 @@ impl Database {
             stale.wal = Some((wal.ino, st.wal.committed_end()));
             let committed = st.wal.committed;
             st.wal.frames.truncate(committed);
+            st.wal.tail.clear();
             st.wal.written_to = st.wal.written_to.min(st.wal.committed_end());
             st.wal.stale = true;
         }

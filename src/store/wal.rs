@@ -27,6 +27,7 @@ use super::context::Job;
 use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
 use super::error::StoreError;
 use super::forward::Outgoing;
+use super::wal_tail::WalTail;
 
 /// A frame of the valid chain.
 #[derive(Clone, Copy, Debug)]
@@ -55,6 +56,8 @@ pub(super) struct WalCapture {
     pub newest: HashMap<u32, Newest>,
     /// End of the bytes written since the header.
     pub written_to: u64,
+    /// The last of these bytes: the file may lack them.
+    pub tail: WalTail,
     /// How many frames this node's own checkpoints have copied (on a replica).
     pub backfilled: usize,
     /// A transaction may be open that was begun before this node last stopped being primary: it may
@@ -207,12 +210,16 @@ impl Database {
             self.context.keep(Job::CheckIndex(self.clone()));
             return Err(self.refuse("a write of a WAL frame without a valid WAL header: it succeeds when it is tried again"));
         }
-        let path = self.path(FileKind::Wal);
-        wal.file
-            .write_all_at(data, offset)
-            .map_err(StoreError::io("write WAL", &path))?;
         if offset < WAL_HEADER_SIZE as u64 {
+            wal.file
+                .write_all_at(data, offset)
+                .map_err(self.io("write WAL", FileKind::Wal))?;
             self.read_wal_header(st, &wal)?;
+        } else {
+            st.wal
+                .tail
+                .write(&*wal.file, offset, data)
+                .map_err(self.io("write WAL", FileKind::Wal))?;
         }
         st.wal.written_to = st.wal.written_to.max(end);
         self.scan_wal(st, &wal, offset)
@@ -221,8 +228,7 @@ impl Database {
     fn read_wal_header(&self, st: &mut State, wal: &DbFile) -> Result<(), StoreError> {
         let mut h = [0u8; WAL_HEADER_SIZE];
         st.wal.reset();
-        read_or_zeros(&*wal.file, 0, &mut h)
-            .map_err(StoreError::io("read WAL", self.path(FileKind::Wal)))?;
+        read_or_zeros(&*wal.file, 0, &mut h).map_err(self.io("read WAL", FileKind::Wal))?;
         // Half a header is none yet; the rest is still to be written.
         st.wal.header = WalHeader::decode(&h)
             .ok()
@@ -245,7 +251,7 @@ impl Database {
         let first = (from.saturating_sub(WAL_HEADER_SIZE as u64) / frame_size) as usize;
         let keep = first.max(st.wal.committed);
         st.wal.frames.truncate(keep);
-        let mut buf = vec![0u8; frame_size as usize];
+        let mut buf = Vec::new();
         let mut scanned = Scanned::Nothing;
         loop {
             let index = st.wal.frames.len();
@@ -253,10 +259,16 @@ impl Database {
             if at + frame_size > st.wal.written_to {
                 return Ok(scanned);
             }
-            wal.file
-                .read_exact_at(&mut buf, at)
-                .map_err(StoreError::io("read WAL", self.path(FileKind::Wal)))?;
-            let (head, page) = buf.split_at(FRAME_HEADER_SIZE);
+            if st.wal.tail.get(at, frame_size as usize).is_none() {
+                buf.resize(frame_size as usize, 0);
+                st.wal
+                    .tail
+                    .write_out(&*wal.file)
+                    .and_then(|()| wal.file.read_exact_at(&mut buf, at))
+                    .map_err(self.io("read WAL", FileKind::Wal))?;
+            }
+            let bytes = st.wal.tail.get(at, frame_size as usize).unwrap_or(&buf);
+            let (head, page) = bytes.split_at(FRAME_HEADER_SIZE);
             let frame = FrameHeader::decode(head.try_into().expect("of this length"));
             let chain = st.wal.chain_before(index);
             let whole = frame.pgno != 0
@@ -289,6 +301,7 @@ impl Database {
     pub(super) fn undo_commit_frame(&self, st: &mut State, index: usize) -> Result<(), StoreError> {
         let at = st.wal.offset(index);
         st.wal.frames.truncate(index);
+        st.wal.tail.clear();
         // The page stays in the file. Tried again with the same bytes, the commit would
         // be complete with the frame's header, and the write of its page be refused:
         // what counts as written ends before the frame.
@@ -323,6 +336,11 @@ impl Database {
     ) -> Result<Option<PreparedWal>, StoreError> {
         let header = st.wal.header.expect("the scan has one");
         let (start, end) = (st.wal.committed, st.wal.frames.len());
+        let written = st.wal.offset(end);
+        st.wal
+            .tail
+            .write_out_to(&*wal.file, written)
+            .map_err(self.io("write WAL", FileKind::Wal))?;
         let pages = newest_frames(&st.wal.frames, start, commit);
         let written = pages.len() as u64 * u64::from(header.page_size);
         self.check_sparse(st, (commit, header.page_size), written)?;
@@ -352,13 +370,19 @@ impl Database {
             salt1: header.salt1,
             salt2: header.salt2,
         };
-        let path = self.path(FileKind::Wal);
         let read = |pgno: u32, page: &mut [u8]| match pages.binary_search_by_key(&pgno, |(p, _)| *p)
         {
-            Ok(i) => wal
-                .file
-                .read_exact_at(page, st.wal.offset(pages[i].1) + FRAME_HEADER_SIZE as u64)
-                .map_err(StoreError::io("read WAL", &path)),
+            Ok(i) => {
+                let at = st.wal.offset(pages[i].1) + FRAME_HEADER_SIZE as u64;
+                match st.wal.tail.get(at, page.len()) {
+                    Some(bytes) => page.copy_from_slice(bytes),
+                    None => wal
+                        .file
+                        .read_exact_at(page, at)
+                        .map_err(self.io("read WAL", FileKind::Wal))?,
+                }
+                Ok(())
+            }
             Err(_) => {
                 page.fill(0);
                 Ok(())
