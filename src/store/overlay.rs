@@ -7,10 +7,12 @@
 use std::collections::BTreeMap;
 use std::io;
 
-use super::disk::{File, Scratch};
+use super::disk::{DiskFile, File, Scratch};
 
 /// Bytes kept in memory by one database's overlay.
 const MEMORY_LIMIT: usize = 64 << 20;
+/// Bytes from which on neighbours are written apart.
+const RUN: usize = 256 << 10;
 
 /// Held-back blocks.
 #[derive(Debug)]
@@ -209,6 +211,25 @@ impl Overlay {
             .ok_or_else(|| io::Error::other("no side file"))
     }
 
+    /// Writes the blocks that begin before `size` bytes to the file, neighbours together.
+    pub fn write_out(&self, file: &dyn DiskFile, size: u64) -> io::Result<()> {
+        let bs = u64::from(self.block_size);
+        let mut run = Vec::new();
+        let mut at = 0;
+        for number in self.block_numbers().take_while(|n| n * bs < size) {
+            let offset = number * bs;
+            if at + run.len() as u64 != offset || run.len() >= RUN {
+                file.write_all_at(&run, at)?;
+                run.clear();
+                at = offset;
+            }
+            let start = run.len();
+            run.resize(start + bs as usize, 0);
+            self.read_block(number, &mut run[start..])?;
+        }
+        file.write_all_at(&run, at)
+    }
+
     /// Lets go of everything at and beyond `size` bytes; the part of a block before it is kept and
     /// the rest of that block reads as zeros.
     pub fn truncate(&mut self, size: u64) -> io::Result<()> {
@@ -243,7 +264,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::store::disk::{Disk, Real};
+    use crate::store::disk::{Disk, Open, Real};
 
     #[test]
     fn pieces_spill_and_truncate_like_a_file() {
@@ -272,6 +293,13 @@ mod tests {
             assert_eq!(seen, model);
         }
         assert!(o.spill.is_some(), "the side file was used");
+        let file = disk.open(&dir.path().join("out"), Open::Empty).unwrap();
+        file.write_all_at(&[7; 8192], 0).unwrap();
+        o.write_out(&*file, 4096).unwrap();
+        let mut seen = vec![0u8; 8192];
+        file.read_exact_at(&mut seen, 0).unwrap();
+        assert_eq!(seen[..4096], model[..4096]);
+        assert!(seen[4096..].iter().all(|b| *b == 7), "beyond the size");
         o.truncate(700).unwrap();
         let mut seen = vec![7u8; 8192];
         o.read_over(0, &mut seen).unwrap();

@@ -86,7 +86,6 @@ impl Database {
             };
             st.overlay.set_block_size(size);
         }
-        let path = self.path(FileKind::Database);
         let file = st.database_file(&self.name)?;
         let base_size = st.base_size;
         let base = |at: u64, block: &mut [u8]| {
@@ -98,7 +97,7 @@ impl Database {
         };
         st.overlay
             .write(offset, data, base)
-            .map_err(StoreError::io("hold back a write to", &path))?;
+            .map_err(self.io("hold back a write to", FileKind::Database))?;
         st.view_size = st.view_size.max(offset + data.len() as u64);
         Ok(())
     }
@@ -260,11 +259,15 @@ impl Database {
     }
 
     fn read_view_page(&self, st: &State, pgno: u32, page: &mut [u8]) -> Result<(), StoreError> {
-        self.read_view(st, u64::from(pgno - 1) * page.len() as u64, page)
-            .map_err(StoreError::io(
-                "read database",
-                self.path(FileKind::Database),
-            ))
+        let read = |page: &mut [u8]| {
+            if page.len() == st.overlay.block_size() as usize
+                && st.overlay.read_block(u64::from(pgno - 1), page)?
+            {
+                return Ok(());
+            }
+            self.read_view(st, u64::from(pgno - 1) * page.len() as u64, page)
+        };
+        read(page).map_err(self.io("read database", FileKind::Database))
     }
 
     /// What the written database is, by its own header.
@@ -364,16 +367,9 @@ impl Database {
             st.preserve_before(self, c)?;
             let file = st.database_file(&self.name)?;
             let size = u64::from(c.commit) * u64::from(c.page_size);
-            let bs = u64::from(st.overlay.block_size());
-            let mut block = vec![0u8; bs as usize];
-            for n in st.overlay.block_numbers().take_while(|n| n * bs < size) {
-                st.overlay
-                    .read_block(n, &mut block)
-                    .map_err(StoreError::io("read held-back pages of", &path))?;
-                file.file
-                    .write_all_at(&block, n * bs)
-                    .map_err(StoreError::io("write database", &path))?;
-            }
+            st.overlay
+                .write_out(&*file.file, size)
+                .map_err(StoreError::io("write held-back pages to", &path))?;
             self.set_file_size(st, &*file.file, st.view_size)
         };
         if let Err(e) = write(st) {
