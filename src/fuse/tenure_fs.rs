@@ -175,15 +175,6 @@ impl TenureFs {
         self.copies.begin(copy).ok_or(Errno::EMFILE)
     }
 
-    pub(super) fn open_flags(node: &Node) -> FopenFlags {
-        match node {
-            Node::File(_) | Node::Super(_) => {
-                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
-            }
-            _ => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
-        }
-    }
-
     /// The kernel's handle of a WAL index's backing file, if they are passed through.
     pub(super) fn backing(
         &self,
@@ -205,6 +196,26 @@ impl TenureFs {
             }
         }
         backing.clone()
+    }
+
+    /// An answer to a write that went past the kernel's cache: given once the cache holds nothing of
+    /// these bytes any more that others have read meanwhile.
+    pub(super) fn uncached(
+        &self,
+        ino: u64,
+        offset: u64,
+        len: u64,
+        answer: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
+        let store = self.store.clone();
+        move |r| match r {
+            // It waits for reads under way, which the threads that serve requests have to answer.
+            Ok(()) => on_a_thread(move || {
+                store.forget_cached(ino, offset, len);
+                answer(Ok(()));
+            }),
+            Err(_) => answer(r),
+        }
     }
 
     pub(super) fn read_made_up(text: &str, offset: u64, size: u32, reply: Answer<ReplyData>) {
@@ -237,8 +248,8 @@ pub(super) fn answer(
 
 /// Runs what may wait for long. Dropped unrun, a reply is an error.
 pub(super) fn on_a_thread(work: impl FnOnce() + Send + 'static) {
-    let name = "tenure-copy".to_owned();
+    let name = "tenure-request".to_owned();
     if let Err(e) = std::thread::Builder::new().name(name).spawn(work) {
-        tracing::warn!(error = %e, "a file that was copied here cannot take the database's place");
+        tracing::warn!(error = %e, "no thread for a request, which fails: a copy into the mount, or a write past the cache");
     }
 }
