@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use fuser::*;
 
-use crate::store::{Done, Name, StoreError};
+use crate::store::{Done, FileKind, Name, StoreError};
 
 use super::attr::{self, FOR_EVER};
 use super::handles::{self, SQLITE, UNCACHED};
@@ -76,7 +76,8 @@ impl Filesystem for TenureFs {
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("getattr", About::Ino(ino), reply);
-        let Some(node) = self.nodes.get(ino.0) else {
+        // Of a name that is gone, and that the kernel does not know to be: it looks it up again.
+        let Some(node) = self.nodes.get(ino.0).filter(|n| !n.is_gone()) else {
             return reply.error(Errno::ESTALE);
         };
         match attr::of(&self.store, &node) {
@@ -398,6 +399,10 @@ impl Filesystem for TenureFs {
         match name.map(Name::parse) {
             Some(Name::File(kind, db)) => match self.store.database(db) {
                 Some(db) => match Self::may_unlink(&db, kind, req.pid()) {
+                    Ok(()) if kind == FileKind::Database => {
+                        let answer = self.with_its_files(&db, answer(reply));
+                        db.unlink(kind, Box::new(answer));
+                    }
                     Ok(()) => db.unlink(kind, Box::new(answer(reply))),
                     Err(e) => reply.error(errno(&e)),
                 },

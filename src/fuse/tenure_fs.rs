@@ -128,6 +128,8 @@ impl TenureFs {
             {
                 Err(Errno::EACCES)
             }
+            // By a name that is another file's by now, or nobody's: the kernel looks it up again.
+            Node::File(f) if f.file.is_deleted() => Err(Errno::ESTALE),
             Node::File(f) if f.db.broken().is_some() => Err(Errno::EIO),
             Node::File(_) | Node::Super(_) => Ok(()),
             _ if writes => Err(Errno::EACCES),
@@ -218,6 +220,29 @@ impl TenureFs {
         }
     }
 
+    /// An answer to the removal of a database, whose other files go with it: given once the kernel
+    /// asks anew whether they are there. Otherwise SQLite finds, in a database that is made again at
+    /// once, the WAL of the old one, and cannot remove it. (That their names are gone the kernel
+    /// can be told only later: until the answer it holds the directory.)
+    pub(super) fn with_its_files(
+        &self,
+        db: &Arc<Database>,
+        answer: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
+        let kinds = [FileKind::Journal, FileKind::Wal, FileKind::Shm];
+        let inos: Vec<u64> = kinds
+            .iter()
+            .filter_map(|k| Some(db.file(*k)?.ino))
+            .collect();
+        let store = self.store.clone();
+        move |r| {
+            on_a_thread(move || {
+                inos.iter().for_each(|ino| store.forget_cached(*ino, 0, 0));
+                answer(r);
+            })
+        }
+    }
+
     pub(super) fn read_made_up(text: &str, offset: u64, size: u32, reply: Answer<ReplyData>) {
         let bytes = text.as_bytes();
         let start = usize::try_from(offset)
@@ -250,6 +275,6 @@ pub(super) fn answer(
 pub(super) fn on_a_thread(work: impl FnOnce() + Send + 'static) {
     let name = "tenure-request".to_owned();
     if let Err(e) = std::thread::Builder::new().name(name).spawn(work) {
-        tracing::warn!(error = %e, "no thread for a request, which fails: a copy into the mount, or a write past the cache");
+        tracing::warn!(error = %e, "no thread for a request, which fails: a copy into the mount, a write past the cache, or a removal");
     }
 }
