@@ -21,6 +21,10 @@ use super::wal::Scanned;
 /// Receives the outcome of an operation, once.
 pub type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
+/// The header of a database is read by whoever reads below this: the kernel reads whole pages of
+/// memory, from the beginning.
+const FIRST_READ: u64 = 4096;
+
 /// Bytes that may be written to a super-journal, journal or WAL index: far more than SQLite does.
 pub(super) const MAX_FILE_SIZE: u64 = 1 << 46;
 
@@ -116,7 +120,7 @@ impl Database {
             read_some(&*f.file, offset, buf).map_err(StoreError::io("read", self.path(f.kind)))
         };
         if f.is_replaced() {
-            return Err(StoreError::Replaced(self.mount_name(f.kind)));
+            return self.read_replaced(f, offset, buf);
         }
         if f.kind != FileKind::Database || f.is_deleted() {
             self.check_usable(&self.lock())?;
@@ -147,6 +151,21 @@ impl Database {
         let e = StoreError::corrupt(self.path(f.kind), what);
         self.warn_rarely(&e);
         Err(e)
+    }
+
+    /// Of a file that has become another. A connection begins with the header, and an error there
+    /// would end the process of one that has mapped the file: it finds no database instead.
+    fn read_replaced(
+        &self,
+        f: &DbFile,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<usize, StoreError> {
+        if offset >= FIRST_READ {
+            return Err(StoreError::Replaced(self.mount_name(f.kind)));
+        }
+        buf.fill(0);
+        Ok(buf.len())
     }
 
     /// Writes bytes.

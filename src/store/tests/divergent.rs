@@ -193,7 +193,7 @@ fn transactions_that_the_primary_does_not_have_are_set_aside() {
             } else {
                 // The change counter has been here before: what is cached would look current.
                 let error = rows(&reader).unwrap_err();
-                assert_eq!(error.sqlite_error_code(), Some(ErrorCode::SystemIoFailure));
+                assert_eq!(error.sqlite_error_code(), Some(ErrorCode::NotADatabase));
                 assert_eq!(rows(&a.connect(DB)).unwrap(), theirs);
             }
             drop(reader);
