@@ -89,6 +89,11 @@ impl Database {
             st.view_size = 0;
             st.base_size = 0;
             st.reserved = 0;
+            st.rollback_counter = 0;
+        }
+        if kind == FileKind::Wal && st.page_count > 0 {
+            let counter = self.change_counter(st).unwrap_or(u32::MAX);
+            st.rollback_counter = st.rollback_counter.max(counter);
         }
         let path = self.path(kind);
         let file = self
