@@ -361,3 +361,32 @@ fn an_application_may_not_write_without_a_transaction() {
     pair.assert_same("x.db");
     assert_eq!(fs::metadata(&path).expect("stat").size(), 8192);
 }
+
+/// SQLite leaves a WAL where it is asked to, or where its process is killed. It goes with its database,
+/// and a database that is made under the same name at once does not find it.
+#[test]
+fn a_database_made_again_at_once_finds_nothing_of_the_old_one() {
+    let pair = Cluster::static_pair(120);
+    let path = pair.primary.db("x.db");
+    for round in 0..200 {
+        let db = Connection::open(&path).expect("open");
+        let mut on: std::ffi::c_int = 1;
+        // SAFETY: an open connection, a name that ends in 0, and a number that outlives the call.
+        let set = unsafe {
+            rusqlite::ffi::sqlite3_file_control(
+                db.handle(),
+                c"main".as_ptr(),
+                rusqlite::ffi::SQLITE_FCNTL_PERSIST_WAL,
+                (&raw mut on).cast(),
+            )
+        };
+        assert_eq!(set, rusqlite::ffi::SQLITE_OK);
+        db.execute_batch("PRAGMA journal_mode=wal; CREATE TABLE t (a); INSERT INTO t VALUES (1);")
+            .unwrap_or_else(|e| panic!("round {round}: {e}"));
+        drop(db);
+        let wal = pair.primary.db("x.db-wal");
+        assert!(fs::metadata(&wal).expect("the WAL").size() > 0);
+        fs::remove_file(&path).expect("remove");
+        assert!(!wal.exists(), "round {round}: the WAL is still to be seen");
+    }
+}

@@ -5,6 +5,7 @@ mod common;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -136,6 +137,8 @@ fn over_open_connections(live: &str) {
                 let exported = dir.join("exported");
                 for node in [&pair.primary, &pair.replica] {
                     done(tenure("export", node, &db, &exported));
+                    let mode = fs::metadata(&exported).expect("stat").permissions().mode();
+                    assert_eq!(mode & 0o777, 0o600, "the data is its owner's alone");
                     let sql = format!(
                         "PRAGMA integrity_check; SELECT count(*) FROM {name}; PRAGMA page_size;"
                     );

@@ -5,9 +5,12 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use common::helper::Session;
 use common::sql::{self, sqlite3_fails};
 use common::{Cluster, Options, SOON, sqlite3, wait_same_pos, wait_until};
 use rusqlite::Connection;
+
+helper_test!();
 
 const MODES: [&str; 4] = ["delete", "truncate", "persist", "wal"];
 
@@ -610,4 +613,38 @@ fn what_is_done_to_a_database_is_counted() {
     assert_eq!(pair.primary.metric("litefs_db_count"), 2.0);
     assert!(pair.primary.metric("litefs_http_frame_send_count") >= 4.0);
     assert!(pair.replica.metric("litefs_lag_seconds") < 60.0);
+}
+
+/// A file that has become another while it was mapped: who reads it is told so, and not ended by a
+/// bus error.
+#[test]
+fn a_mapped_reader_of_a_replaced_file_gets_an_error() {
+    let pair = Cluster::static_pair(120);
+    let path = pair.primary.db("x.db");
+    sqlite3(
+        &path,
+        "CREATE TABLE t (a, b); INSERT INTO t VALUES (0, zeroblob(300000));",
+    );
+    pair.assert_same("x.db");
+    let mut reader = Session::open(&pair.replica.db("x.db"), pair.cluster.dir());
+    reader.run("PRAGMA mmap_size=100000000").expect("map");
+    let sum = "SELECT sum(a), sum(length(b)) FROM t";
+    assert_eq!(reader.run(sum).as_deref(), Ok("0|300000"));
+    // It raises the change counter once: the replica has to make the file another.
+    let writer = Connection::open(&path).expect("open");
+    writer
+        .execute_batch("PRAGMA locking_mode=EXCLUSIVE")
+        .expect("set the mode");
+    for _ in 0..3 {
+        writer
+            .execute_batch("UPDATE t SET a = a + 1")
+            .expect("write");
+        wait_same_pos(&pair.primary, &pair.replica, "x.db");
+    }
+    let error = reader.run(sum).expect_err("a file that is another by now");
+    println!("the reader is told: {error}");
+    let mut anew = Session::open(&pair.replica.db("x.db"), pair.cluster.dir());
+    assert_eq!(anew.run(sum).as_deref(), Ok("3|300000"));
+    drop(writer);
+    pair.assert_same("x.db");
 }

@@ -46,7 +46,7 @@ fn provider() -> Arc<CryptoProvider> {
 }
 
 impl Tls {
-    pub(super) fn load(config: &HttpTls) -> Result<Tls, AccessError> {
+    pub(crate) fn load(config: &HttpTls) -> Result<Tls, AccessError> {
         const CERT: &str = "http.tls.cert";
         const KEY: &str = "http.tls.key";
         const CA: &str = "http.tls.ca";

@@ -19,7 +19,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -41,6 +41,8 @@ const MAX_POSITIONS: usize = 65_536;
 const BUFFER: usize = 64 << 10;
 /// Longest file of positions that is read.
 const MAX_POS_FILE: u64 = MAX_POSITIONS as u64 * 40;
+/// Longest file with a cluster's ID that is read.
+const MAX_CLUSTER_ID: u64 = 1 << 10;
 
 /// See the module.
 #[derive(Debug)]
@@ -80,7 +82,9 @@ impl FileBackup {
         }
         let mut chain: Vec<Link> = Vec::new();
         loop {
-            let next = chain.last().map_or(1, |l| l.max.saturating_add(1));
+            let Some(next) = chain.last().map_or(Some(1), |l| l.max.checked_add(1)) else {
+                return Ok(chain);
+            };
             let begins = files.iter().filter(|l| l.min == next && l.max >= l.min);
             match begins.max_by_key(|l| l.max) {
                 Some(link) => chain.push(link.clone()),
@@ -218,7 +222,7 @@ impl FileBackup {
 impl Link {
     fn header(&self) -> Result<Header, BackupError> {
         let mut bytes = [0u8; HEADER_SIZE];
-        File::open(&self.path)
+        open(&self.path)
             .and_then(|f| f.read_exact_at(&mut bytes, 0))
             .map_err(BackupError::io("read", &self.path))?;
         Header::decode(&bytes).map_err(BackupError::ltx(&self.path))
@@ -227,7 +231,7 @@ impl Link {
     /// The position that it ends at.
     fn end(&self) -> Result<Pos, BackupError> {
         let read = || -> io::Result<u64> {
-            let file = File::open(&self.path)?;
+            let file = open(&self.path)?;
             let len = file.metadata()?.len();
             let mut bytes = [0u8; 8];
             let at = len.saturating_sub(TRAILER_SIZE as u64);
@@ -245,7 +249,7 @@ impl Link {
     fn positions(&self) -> Result<Vec<Pos>, BackupError> {
         let path = self.path.with_extension("pos");
         let mut text = String::new();
-        let read = File::open(&path).and_then(|f| f.take(MAX_POS_FILE).read_to_string(&mut text));
+        let read = open(&path).and_then(|f| f.take(MAX_POS_FILE).read_to_string(&mut text));
         match read {
             Ok(_) => {}
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(vec![self.end()?]),
@@ -272,13 +276,13 @@ impl Link {
 fn merge_into(links: &[Link], out: &mut dyn Write) -> Result<Pos, BackupError> {
     let mut files = Vec::with_capacity(links.len());
     for link in links {
-        let file = File::open(&link.path).map_err(BackupError::io("open", &link.path))?;
+        let file = open(&link.path).map_err(BackupError::io("open", &link.path))?;
         files.push(BufReader::with_capacity(BUFFER, file));
     }
     let failed = || {
         // The first that is damaged by itself, else the last.
         let damaged = links.iter().find(|l| {
-            let file = File::open(&l.path);
+            let file = open(&l.path);
             file.map_or(true, |f| ltx::verify(BufReader::new(f)).is_err())
         });
         damaged.or(links.last()).map(|l| l.path.clone())
@@ -295,6 +299,19 @@ fn corrupt(path: &Path, what: &str) -> BackupError {
         path: path.to_owned(),
         what: what.to_owned(),
     }
+}
+
+/// Opens a file of a backup for reading. Whoever can write there may have put something else in its
+/// place: a pipe would be waited for, a device never ends.
+fn open(path: &Path) -> io::Result<File> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a file"));
+    }
+    Ok(file)
 }
 
 fn list(dir: &Path) -> Result<Vec<fs::DirEntry>, BackupError> {
@@ -347,7 +364,7 @@ impl BackupClient for FileBackup {
 
     fn verify(&self, db: &str, read: &mut dyn FnMut(u64) -> bool) -> Result<(), BackupError> {
         for link in self.chain(db)? {
-            let file = match File::open(&link.path) {
+            let file = match open(&link.path) {
                 Ok(file) => file,
                 // Merged meanwhile.
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
@@ -372,8 +389,10 @@ impl BackupClient for FileBackup {
 
     fn cluster_id(&self) -> Result<Option<String>, BackupError> {
         let path = self.root.join("clusterid");
-        match fs::read_to_string(&path) {
-            Ok(text) => Ok(Some(text.trim_end().to_owned())),
+        let mut text = String::new();
+        let read = open(&path).and_then(|f| f.take(MAX_CLUSTER_ID).read_to_string(&mut text));
+        match read {
+            Ok(_) => Ok(Some(text.trim_end().to_owned())),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(e) => Err(BackupError::io("read", &path)(e)),
         }

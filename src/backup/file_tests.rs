@@ -1,4 +1,6 @@
-use std::sync::Arc;
+use std::os::unix::fs::symlink;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
 use super::*;
 use crate::ltx::{CHECKSUM_FLAG, Decoder, Encoder, page_checksum};
@@ -186,4 +188,64 @@ fn damage_is_an_error_and_a_cut_off_write_is_nothing() {
     assert!(error.contains(&*path.to_string_lossy()), "{error}");
     let client: Arc<dyn BackupClient> = Arc::new(FileBackup::new(dir.path()));
     assert!(client.fetch_snapshot("absent.db", &mut io::sink()).is_err());
+}
+
+/// A backup is where others may write too: nothing that is put there is waited for, or read without
+/// end, or believed.
+#[test]
+fn what_others_put_there_is_an_error() {
+    type Put = fn(&Path);
+    fn pipe(path: &Path) {
+        let path = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: a string that outlives the call.
+        assert_eq!(unsafe { libc::mkfifo(path.as_ptr(), 0o600) }, 0);
+    }
+    let puts: [(&str, Put); 5] = [
+        ("a pipe", pipe),
+        ("a directory", |path| fs::create_dir(path).unwrap()),
+        ("a device", |path| symlink("/dev/zero", path).unwrap()),
+        ("a link to itself", |path| symlink(path, path).unwrap()),
+        ("what is no LTX file", |path| {
+            fs::write(path, "x".repeat(1000)).unwrap();
+            // The chain ends there.
+            let after = path.with_file_name(ltx::file_name(u64::MAX, u64::MAX));
+            fs::write(after, "x").unwrap();
+        }),
+    ];
+    for (what, put) in puts {
+        let dir = tempfile::tempdir().unwrap();
+        let backup = FileBackup::new(dir.path());
+        let db = backup.dir("x.db");
+        fs::create_dir_all(&db).unwrap();
+        put(&db.join(ltx::file_name(1, u64::MAX)));
+        for name in ["..", "x.db-wal", ".tmp-x", "new\nline"] {
+            let _ = fs::create_dir(backup.root.join("dbs").join(name));
+        }
+        symlink("/dev/zero", dir.path().join("clusterid")).unwrap();
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            let pos = Pos {
+                txid: 7,
+                checksum: CHECKSUM_FLAG,
+            };
+            backup
+                .cluster_id()
+                .expect_err("a device as the cluster's ID");
+            backup
+                .fetch_snapshot("x.db", &mut io::sink())
+                .expect_err("it is no snapshot");
+            backup
+                .verify("x.db", &mut |_| true)
+                .expect_err("it is no LTX file");
+            let names = backup.positions().map(|p| p.into_keys().collect());
+            let found = backup.contains("x.db", pos);
+            tell.send((names, found)).unwrap();
+        });
+        let limit = Duration::from_secs(20);
+        let (names, found): (Result<Vec<_>, _>, _) = told
+            .recv_timeout(limit)
+            .unwrap_or_else(|e| panic!("{what}: {e}"));
+        assert!(names.is_err() || names.unwrap() == ["x.db"], "{what}");
+        assert!(!found.unwrap_or(false), "{what}");
+    }
 }

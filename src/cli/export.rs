@@ -46,7 +46,8 @@ async fn export(args: ExportArgs) -> Result<(), ClientError> {
     // After the answer: a refused export leaves nothing.
     let mut file = tempfile::Builder::new()
         .prefix(".tenure-export-")
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+        // The data is its owner's alone, as it is on the node.
+        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600))
         .tempfile_in(dir)
         .map_err(failed)?;
     let bar = client::progress("exporting", size);

@@ -1,6 +1,4 @@
-//! The handles that are not like SQLite's: those of programs that copy a database file.
-//!
-//! All others are 0, and have no state here.
+//! The handles of programs that copy a database file. All others have no state here.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -9,9 +9,10 @@ use std::time::Duration;
 
 use fuser::*;
 
-use crate::store::{Name, StoreError};
+use crate::store::{Done, FileKind, Name, StoreError};
 
 use super::attr::{self, FOR_EVER};
+use super::handles::{self, SQLITE, UNCACHED};
 use super::nodes::{Node, ROOT};
 use super::observe::About;
 use super::tenure_fs::{MAX_READ, TenureFs, answer, errno, on_a_thread};
@@ -75,7 +76,8 @@ impl Filesystem for TenureFs {
     fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("getattr", About::Ino(ino), reply);
-        let Some(node) = self.nodes.get(ino.0) else {
+        // Of a name that is gone, and that the kernel does not know to be: it looks it up again.
+        let Some(node) = self.nodes.get(ino.0).filter(|n| !n.is_gone()) else {
             return reply.error(Errno::ESTALE);
         };
         match attr::of(&self.store, &node) {
@@ -166,8 +168,11 @@ impl Filesystem for TenureFs {
             Err(e) => return reply.error(e),
         }
         match self.backing(&node, |f| reply.reply().open_backing(f)) {
-            Some(id) => reply.opened_passthrough(FileHandle(0), FopenFlags::FOPEN_NOFLUSH, &id),
-            None => reply.opened(FileHandle(0), Self::open_flags(&node)),
+            Some(id) => reply.opened_passthrough(SQLITE, FopenFlags::FOPEN_NOFLUSH, &id),
+            None => {
+                let (fh, flags) = handles::of(&node, flags.0);
+                reply.opened(fh, flags);
+            }
         }
     }
 
@@ -219,17 +224,14 @@ impl Filesystem for TenureFs {
                 &Duration::ZERO,
                 &a,
                 Generation(0),
-                FileHandle(0),
+                SQLITE,
                 FopenFlags::FOPEN_NOFLUSH,
                 &id,
             ),
-            None => reply.created(
-                &attr::ttl(&node),
-                &a,
-                Generation(0),
-                FileHandle(0),
-                Self::open_flags(&node),
-            ),
+            None => {
+                let (fh, flags) = handles::of(&node, flags);
+                reply.created(&attr::ttl(&node), &a, Generation(0), fh, flags);
+            }
         }
     }
 
@@ -309,15 +311,17 @@ impl Filesystem for TenureFs {
             return reply.error(errno(&e));
         }
         match node {
-            Node::File(f) => f.db.write(
-                &f.file,
-                offset,
-                data,
-                Box::new(move |r| match r {
+            Node::File(f) => {
+                let answer = move |r| match r {
                     Ok(()) => reply.written(written),
                     Err(e) => reply.error(errno(&e)),
-                }),
-            ),
+                };
+                let done: Done = match fh {
+                    UNCACHED => Box::new(self.uncached(ino.0, offset, u64::from(written), answer)),
+                    _ => Box::new(answer),
+                };
+                f.db.write(&f.file, offset, data, done);
+            }
             Node::Super(j) if j.write(offset, data) => reply.written(written),
             Node::Super(_) => reply.error(Errno::EFBIG),
             _ => reply.error(Errno::EACCES),
@@ -395,6 +399,10 @@ impl Filesystem for TenureFs {
         match name.map(Name::parse) {
             Some(Name::File(kind, db)) => match self.store.database(db) {
                 Some(db) => match Self::may_unlink(&db, kind, req.pid()) {
+                    Ok(()) if kind == FileKind::Database => {
+                        let answer = self.with_its_files(&db, answer(reply));
+                        db.unlink(kind, Box::new(answer));
+                    }
                     Ok(()) => db.unlink(kind, Box::new(answer(reply))),
                     Err(e) => reply.error(errno(&e)),
                 },

@@ -30,6 +30,7 @@ mod attr;
 mod copies;
 mod crew;
 mod fs_impl;
+mod handles;
 mod lock_session;
 mod nodes;
 mod observe;
@@ -225,7 +226,7 @@ impl Front for Kernel {
             let fd = libc::openat(
                 self.root.as_raw_fd(),
                 name.as_ptr(),
-                libc::O_RDWR | libc::O_CLOEXEC,
+                libc::O_RDWR | libc::O_NOFOLLOW | libc::O_CLOEXEC,
             );
             if fd < 0 {
                 Err(io::Error::last_os_error())

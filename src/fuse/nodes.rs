@@ -9,7 +9,7 @@ use std::sync::Arc;
 use fuser::BackingId;
 use parking_lot::{Mutex, RwLock};
 
-use crate::store::{Database, DbFile, SuperJournal};
+use crate::store::{Database, DbFile, FileKind, SuperJournal};
 
 /// Inode number of the root directory.
 pub(super) const ROOT: u64 = 1;
@@ -54,6 +54,12 @@ impl Node {
             Node::File(f) => f.file.ino,
             Node::Super(j) => j.ino,
         }
+    }
+
+    /// Whether it is a file beside a database that is deleted. (A database itself keeps its bytes
+    /// for those who have it open.)
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Node::File(f) if f.file.kind != FileKind::Database && f.file.is_deleted())
     }
 }
 

@@ -128,6 +128,8 @@ impl TenureFs {
             {
                 Err(Errno::EACCES)
             }
+            // By a name that is another file's by now, or nobody's: the kernel looks it up again.
+            Node::File(f) if f.file.is_deleted() => Err(Errno::ESTALE),
             Node::File(f) if f.db.broken().is_some() => Err(Errno::EIO),
             Node::File(_) | Node::Super(_) => Ok(()),
             _ if writes => Err(Errno::EACCES),
@@ -175,15 +177,6 @@ impl TenureFs {
         self.copies.begin(copy).ok_or(Errno::EMFILE)
     }
 
-    pub(super) fn open_flags(node: &Node) -> FopenFlags {
-        match node {
-            Node::File(_) | Node::Super(_) => {
-                FopenFlags::FOPEN_KEEP_CACHE | FopenFlags::FOPEN_NOFLUSH
-            }
-            _ => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH,
-        }
-    }
-
     /// The kernel's handle of a WAL index's backing file, if they are passed through.
     pub(super) fn backing(
         &self,
@@ -205,6 +198,49 @@ impl TenureFs {
             }
         }
         backing.clone()
+    }
+
+    /// An answer to a write that went past the kernel's cache: given once the cache holds nothing of
+    /// these bytes any more that others have read meanwhile.
+    pub(super) fn uncached(
+        &self,
+        ino: u64,
+        offset: u64,
+        len: u64,
+        answer: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
+        let store = self.store.clone();
+        move |r| match r {
+            // It waits for reads under way, which the threads that serve requests have to answer.
+            Ok(()) => on_a_thread(move || {
+                store.forget_cached(ino, offset, len);
+                answer(Ok(()));
+            }),
+            Err(_) => answer(r),
+        }
+    }
+
+    /// An answer to the removal of a database, whose other files go with it: given once the kernel
+    /// asks anew whether they are there. Otherwise SQLite finds, in a database that is made again at
+    /// once, the WAL of the old one, and cannot remove it. (That their names are gone the kernel
+    /// can be told only later: until the answer it holds the directory.)
+    pub(super) fn with_its_files(
+        &self,
+        db: &Arc<Database>,
+        answer: impl FnOnce(Result<(), StoreError>) + Send + 'static,
+    ) -> impl FnOnce(Result<(), StoreError>) + Send + 'static {
+        let kinds = [FileKind::Journal, FileKind::Wal, FileKind::Shm];
+        let inos: Vec<u64> = kinds
+            .iter()
+            .filter_map(|k| Some(db.file(*k)?.ino))
+            .collect();
+        let store = self.store.clone();
+        move |r| {
+            on_a_thread(move || {
+                inos.iter().for_each(|ino| store.forget_cached(*ino, 0, 0));
+                answer(r);
+            })
+        }
     }
 
     pub(super) fn read_made_up(text: &str, offset: u64, size: u32, reply: Answer<ReplyData>) {
@@ -237,8 +273,8 @@ pub(super) fn answer(
 
 /// Runs what may wait for long. Dropped unrun, a reply is an error.
 pub(super) fn on_a_thread(work: impl FnOnce() + Send + 'static) {
-    let name = "tenure-copy".to_owned();
+    let name = "tenure-request".to_owned();
     if let Err(e) = std::thread::Builder::new().name(name).spawn(work) {
-        tracing::warn!(error = %e, "a file that was copied here cannot take the database's place");
+        tracing::warn!(error = %e, "no thread for a request, which fails: a copy into the mount, a write past the cache, or a removal");
     }
 }

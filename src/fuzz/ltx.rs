@@ -10,9 +10,10 @@ use crate::ltx::{
     self, CHECKSUM_FLAG, Decoder, Encoder, HEADER_SIZE, Header, LtxError, TRAILER_SIZE, Trailer,
 };
 
-/// The most that a reader of an LTX file may allocate: the window and the buffers of the largest
-/// block that an LZ4 frame may have (4 MiB), and a page.
-pub const READER_MEMORY: usize = 16 << 20;
+/// The most that a reader of an LTX file may allocate: a block of the largest size that an LZ4 frame
+/// may have, packed and unpacked (8 MiB, in frames of the old kind; 4 MiB and a window in others), a
+/// page, and what is small.
+pub const READER_MEMORY: usize = (16 << 20) + (128 << 10);
 
 /// How much of a compressed block is unpacked to be sealed.
 const MAX_CONTENT: u64 = 1 << 20;

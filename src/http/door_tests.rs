@@ -164,6 +164,28 @@ async fn tls_speaks_both_versions_and_asks_for_certificates() {
 }
 
 #[tokio::test]
+async fn the_end_of_the_certificate_is_a_metric() {
+    let pki = Pki::new();
+    let config = pki.config(ClientAuth::None);
+    let end = tls::Tls::load(&config).unwrap().valid_until().unwrap();
+    let end = end.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    let mut secure = node(keys(Some(config), None)).await;
+    let mut plain = node(Keys::none()).await;
+    let told = async |url: String| {
+        let answer = pki.client(None, "h2").get(url).send().await.unwrap();
+        let text = answer.text().await.unwrap();
+        let line = text
+            .lines()
+            .find_map(|l| l.strip_prefix("tenure_certificate_expiry_timestamp_seconds "));
+        line.map(|n| n.parse::<u64>().unwrap())
+    };
+    assert_eq!(told(https(&secure, "/metrics")).await, Some(end));
+    assert_eq!(told(format!("{}/metrics", plain.url)).await, None);
+    secure.stop().await;
+    plain.stop().await;
+}
+
+#[tokio::test]
 async fn who_speaks_the_wrong_protocol_is_told() {
     let pki = Pki::new();
     let mut secure = node(keys(Some(pki.config(ClientAuth::None)), None)).await;

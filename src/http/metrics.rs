@@ -7,6 +7,7 @@
 //! [`Stats`]: crate::stream::stats::Stats
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::UNIX_EPOCH;
 
 use prometheus::{
     Encoder, GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
@@ -117,7 +118,23 @@ fn node(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
         "Requests of the kernel to the mount.",
     )?;
     requests.inc_by((api.fuse_requests)());
-    register(registry, requests)
+    register(registry, requests)?;
+    certificate(api, registry)
+}
+
+/// Of the certificate that is in use, if there is one.
+fn certificate(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
+    let keys = api.keys.borrow().clone();
+    let end = keys.tls.as_ref().and_then(|tls| tls.valid_until());
+    let Some(end) = end.and_then(|end| end.duration_since(UNIX_EPOCH).ok()) else {
+        return Ok(());
+    };
+    let gauge = prometheus::Gauge::new(
+        "tenure_certificate_expiry_timestamp_seconds",
+        "When the certificate of http.tls ends, as seconds since the Unix epoch.",
+    )?;
+    gauge.set(end.as_secs() as f64);
+    register(registry, gauge)
 }
 
 fn databases(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {

@@ -70,11 +70,17 @@ impl Database {
             // Without locks, and alone: a transaction of its own.
             self.context.clients.learn(thread);
         }
-        if unknown || unused || !is_there(thread) {
+        // SQLite has written a journal, and is known, or holds a lock, before it writes to a database.
+        // Not to be let through to where a transaction may just have begun.
+        let harmless = unused && f.kind != FileKind::Database;
+        if unknown || harmless || !is_there(thread) {
             return Ok(());
         }
         // What the kernel has taken into its cache on the way is not what is there.
         self.context.keep(Job::InvalidateData(f.ino));
+        if unused {
+            return Err(self.refuse("a change of the database by a program that holds none of SQLite's locks: only SQLite may (to load a file, use import)"));
+        }
         let e = StoreError::Busy {
             file: self.mount_name(f.kind),
             thread,

@@ -196,6 +196,9 @@ pub(super) struct State {
     pub committing: bool,
     /// An import stands between the reading of the state and its change: applications may not.
     pub importing: bool,
+    /// The highest change counter under which a connection may have cached pages in a rollback
+    /// mode: that of the database when it last had a WAL made. 0: there is none.
+    pub rollback_counter: u32,
     pub wal: WalCapture,
     pub snapshots: Vec<Weak<Mutex<Preserved>>>,
     /// What the checksum file says.
@@ -224,6 +227,7 @@ impl State {
             journal_active: false,
             committing: false,
             importing: false,
+            rollback_counter: 0,
             wal: WalCapture::default(),
             snapshots: Vec::new(),
             saved: SumsHeader::default(),

@@ -21,6 +21,10 @@ use super::wal::Scanned;
 /// Receives the outcome of an operation, once.
 pub type Done = Box<dyn FnOnce(Result<(), StoreError>) + Send>;
 
+/// The header of a database is read by whoever reads below this: the kernel reads whole pages of
+/// memory, from the beginning.
+const FIRST_READ: u64 = 4096;
+
 /// Bytes that may be written to a super-journal, journal or WAL index: far more than SQLite does.
 pub(super) const MAX_FILE_SIZE: u64 = 1 << 46;
 
@@ -90,6 +94,11 @@ impl Database {
             st.view_size = 0;
             st.base_size = 0;
             st.reserved = 0;
+            st.rollback_counter = 0;
+        }
+        if kind == FileKind::Wal && st.page_count > 0 {
+            let counter = self.change_counter(st).unwrap_or(u32::MAX);
+            st.rollback_counter = st.rollback_counter.max(counter);
         }
         let path = self.path(kind);
         let file = self
@@ -120,7 +129,7 @@ impl Database {
         let read =
             |buf: &mut [u8]| read_some(&*f.file, offset, buf).map_err(self.io("read", f.kind));
         if f.is_replaced() {
-            return Err(StoreError::Replaced(self.mount_name(f.kind)));
+            return self.read_replaced(f, offset, buf);
         }
         let mut st = self.lock();
         self.check_usable(&st)?;
@@ -155,6 +164,21 @@ impl Database {
         let e = StoreError::corrupt(self.path(f.kind), what);
         self.warn_rarely(&e);
         Err(e)
+    }
+
+    /// Of a file that has become another. A connection begins with the header, and an error there
+    /// would end the process of one that has mapped the file: it finds no database instead.
+    fn read_replaced(
+        &self,
+        f: &DbFile,
+        offset: u64,
+        buf: &mut [u8],
+    ) -> Result<usize, StoreError> {
+        if offset >= FIRST_READ {
+            return Err(StoreError::Replaced(self.mount_name(f.kind)));
+        }
+        buf.fill(0);
+        Ok(buf.len())
     }
 
     /// Writes bytes.

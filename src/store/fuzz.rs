@@ -473,7 +473,7 @@ fn seal_segment(bytes: &mut [u8]) {
     bytes[56..64].copy_from_slice(&crc.to_be_bytes());
     let salt: [u8; 8] = bytes[8..16].try_into().expect("8 bytes");
     let mut at = start;
-    while at + RECORD_HEADER_SIZE <= bytes.len() {
+    while bytes.len().saturating_sub(at) >= RECORD_HEADER_SIZE {
         let length = u64::from_be_bytes(bytes[at + 8..at + 16].try_into().expect("8 bytes"));
         let body = at + RECORD_HEADER_SIZE;
         let end = usize::try_from(length)

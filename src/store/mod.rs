@@ -431,6 +431,14 @@ impl Store {
         self.context.set_front(front);
     }
 
+    /// Has the kernel forget what it has cached of bytes of a mounted file. Blocks until reads of
+    /// them that are under way are answered.
+    pub fn forget_cached(&self, ino: u64, offset: u64, len: u64) {
+        if let Some(front) = self.context.front() {
+            front.invalidate_data(ino, offset, len);
+        }
+    }
+
     /// Sets how the primary is reached by this node as a replica that wants to write; `None`: every
     /// halt lock that it holds is given up first.
     pub fn set_primary(&self, primary: Option<Arc<dyn Primary>>) {

@@ -264,6 +264,8 @@ impl Database {
             // Pages of another size: the WAL goes if nobody uses it, else it starts over with them.
             let keeps_wal =
                 has_wal && (page_size == captured.page_size || !self.try_leave_wal(locks, ino)?);
+            // Without its WAL it may be another file by now.
+            let ino = self.lock().database_file(&self.name)?.ino;
             if keeps_wal {
                 self.apply_to_wal(locks, ino, &captured, incoming)?;
             } else {
@@ -493,13 +495,17 @@ impl Database {
             // There is nothing that could be cached.
             return false;
         }
-        let mut page = vec![0u8; st.page_size as usize];
-        let read = st.read_committed(self, 1, &mut page);
-        let here = read.ok().and_then(|_| DbHeader::parse(&page).ok());
-        match (here, incoming.change_counter) {
-            (Some(here), Some(counter)) => counter <= here.change_counter,
+        match (self.change_counter(st), incoming.change_counter) {
+            (Some(here), Some(counter)) => counter <= here,
             _ => true,
         }
+    }
+
+    /// The change counter of the newest transaction; `None` if it cannot be read.
+    pub(super) fn change_counter(&self, st: &State) -> Option<u32> {
+        let mut page = vec![0u8; st.page_size as usize];
+        st.read_committed(self, 1, &mut page).ok()?;
+        Some(DbHeader::parse(&page).ok()?.change_counter)
     }
 
     /// The same bytes become another file: who has the old one open reads and writes no more, and
@@ -507,6 +513,7 @@ impl Database {
     fn renew_file(&self, st: &mut State) -> Result<(), StoreError> {
         let old = st.database_file(&self.name)?;
         old.replace();
+        st.rollback_counter = 0;
         self.adopt_file(st, FileKind::Database, old.file.clone());
         tracing::info!(
             db = self.name,
@@ -592,6 +599,13 @@ impl Database {
         let size = st.committed_size();
         self.set_file_size(&mut st, &*database.file, size)?;
         (st.view_size, st.base_size) = (size, size);
+        // Whoever read it before there was a WAL goes by the change counter again.
+        let renew = self
+            .change_counter(&st)
+            .is_none_or(|counter| counter <= st.rollback_counter);
+        if renew {
+            self.renew_file(&mut st)?;
+        }
         st.wal.reset();
         for kind in [FileKind::Wal, FileKind::Shm] {
             if let Some(f) = st.files.slot(kind).take() {
@@ -607,6 +621,9 @@ impl Database {
             front.invalidate_entry(&self.mount_name(FileKind::Wal));
             front.invalidate_entry(&self.mount_name(FileKind::Shm));
             front.invalidate_data(ino, 0, 0);
+            if renew {
+                front.invalidate_entry(&self.mount_name(FileKind::Database));
+            }
         }
         drop(exclusive);
         locks.close(self);

@@ -129,6 +129,32 @@ fn what_is_cached_of_another_history_is_neither_read_nor_written() {
 }
 
 #[test]
+fn what_was_cached_before_there_was_a_wal_is_not_read_after_it() {
+    let (a, b) = (primary("delete"), Bed::replica());
+    b.follow(&a, DB);
+    write(&a, 3);
+    let cached = a.connect(DB);
+    rows(&cached).unwrap();
+    // The change counter goes back while nobody needs it, and has been here before when the database
+    // leaves WAL mode.
+    let in_wal_mode = a.connect(DB);
+    set_mode(&in_wal_mode, "wal");
+    rows(&in_wal_mode).unwrap();
+    a.store.set_role(Role::Replica { hostname: None });
+    write(&b, 1);
+    receive_asking(&a, &b).unwrap();
+    drop(in_wal_mode);
+    write(&b, 2);
+    a.follow(&b, DB);
+    assert_eq!(a.check(DB), b.check(DB));
+    let theirs = rows(&b.connect(DB)).unwrap();
+    rows(&cached).expect_err("what it has cached is of another history");
+    assert_eq!(rows(&a.connect(DB)).unwrap(), theirs);
+    drop(cached);
+    a.check_killed(DB);
+}
+
+#[test]
 fn a_writer_that_keeps_its_lock_is_seen_by_readers_of_a_replica() {
     let a = primary("delete");
     let b = Bed::replica();
@@ -193,7 +219,7 @@ fn transactions_that_the_primary_does_not_have_are_set_aside() {
             } else {
                 // The change counter has been here before: what is cached would look current.
                 let error = rows(&reader).unwrap_err();
-                assert_eq!(error.sqlite_error_code(), Some(ErrorCode::SystemIoFailure));
+                assert_eq!(error.sqlite_error_code(), Some(ErrorCode::NotADatabase));
                 assert_eq!(rows(&a.connect(DB)).unwrap(), theirs);
             }
             drop(reader);
