@@ -104,7 +104,7 @@ fn joined(reader: std::thread::JoinHandle<Result<()>>) -> Result<()> {
 }
 
 /// The delay of each commit, in milliseconds.
-fn delays(writer: &Connection, replica: &Path) -> Result<Vec<f64>> {
+pub fn delays(writer: &Connection, replica: &Path) -> Result<Vec<f64>> {
     let (sender, seen) = mpsc::channel();
     let path = replica.to_path_buf();
     let reader = std::thread::spawn(move || watch(&path, COMMITS, &sender));
