@@ -168,6 +168,10 @@ impl DiskFile for NodeFile {
         self.disk.check()
     }
 
+    fn forget_cached(&self, offset: u64, len: usize) {
+        self.file.forget_cached(offset, len);
+    }
+
     fn metadata(&self) -> io::Result<Metadata> {
         self.file.metadata()
     }

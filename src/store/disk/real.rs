@@ -111,4 +111,12 @@ impl DiskFile for fs::File {
     fn metadata(&self) -> io::Result<Metadata> {
         self.metadata()
     }
+
+    fn forget_cached(&self, offset: u64, len: usize) {
+        let (offset, len) = (offset as libc::off_t, len as libc::off_t);
+        // SAFETY: numbers, and a descriptor that lives through the call. A failure costs nothing.
+        unsafe {
+            libc::posix_fadvise(self.as_raw_fd(), offset, len, libc::POSIX_FADV_DONTNEED);
+        }
+    }
 }

@@ -144,6 +144,10 @@ impl DiskFile for SimFile {
         self.sync()
     }
 
+    fn forget_cached(&self, offset: u64, len: usize) {
+        self.real.forget_cached(offset, len);
+    }
+
     fn metadata(&self) -> io::Result<Metadata> {
         self.sim.check_alive()?;
         self.real.metadata()
