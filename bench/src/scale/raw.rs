@@ -88,7 +88,8 @@ impl Clients {
 
     /// Lets the clients read for this long.
     pub fn read_for(&self, time: Duration) {
-        self.runtime.block_on(tokio::time::sleep(time));
+        self.runtime
+            .block_on(async { tokio::time::sleep(time).await });
     }
 
     /// Bytes of the answers' bodies so far, of one.
