@@ -102,15 +102,31 @@ impl Spool {
     }
 }
 
+/// Bytes that are gathered before they are spooled.
+const GATHERED: usize = 256 << 10;
+
 struct Tee<'a> {
     from: &'a mut dyn Read,
     spool: &'a mut Spool,
+    /// What was read and is not in the spool yet: reads are small where pages are not compressed.
+    gathered: Vec<u8>,
+}
+
+impl Tee<'_> {
+    fn spool(&mut self) -> io::Result<()> {
+        self.spool.add(&self.gathered)?;
+        self.gathered.clear();
+        Ok(())
+    }
 }
 
 impl Read for Tee<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.from.read(buf)?;
-        self.spool.add(&buf[..n])?;
+        self.gathered.extend_from_slice(&buf[..n]);
+        if self.gathered.len() >= GATHERED {
+            self.spool()?;
+        }
         Ok(n)
     }
 }
@@ -136,6 +152,7 @@ impl Incoming {
         let mut decoder = Decoder::new(Tee {
             from,
             spool: &mut spool,
+            gathered: Vec::new(),
         })
         .map_err(StoreError::ltx(context()))?;
         let header = *decoder.header();
@@ -152,7 +169,9 @@ impl Incoming {
             }
             pages.push((pgno, ltx::page_checksum(pgno, &page)));
         }
-        let (_, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
+        let (mut tee, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
+        tee.spool()
+            .map_err(StoreError::io("spool a transaction in", &dir))?;
         ltx::check_transition(&header, &trailer, pages.len() as u32)
             .map_err(StoreError::ltx(context()))?;
         Ok(Incoming {

@@ -4,6 +4,7 @@
 //! nothing. Every one of them is a record of its own in the log, in order: a crash leaves some first
 //! ones, which is a state that the primary has had.
 
+use std::io;
 use std::sync::Arc;
 
 use crate::clock;
@@ -11,6 +12,7 @@ use crate::sqlite::header::DbHeader;
 use crate::task;
 
 use super::database::{Database, FileKind, State};
+use super::disk::File;
 use super::error::StoreError;
 use super::group::{self, Group};
 use super::receive::Incoming;
@@ -167,20 +169,58 @@ impl Database {
         self.reserve(st, size)?;
         let file = st.database_file(&self.name)?;
         let sums = &st.sums;
+        let mut run = Run::new(&file.file);
         for (incoming, newest) in group.files_and_newest() {
             self.for_pages(incoming, |pgno, page| {
                 match newest.get(pgno) {
                     Some(sum) if !same_size || sum != sums.get(pgno) => {}
                     _ => return Ok(()),
                 }
-                file.file
-                    .write_all_at(page, u64::from(pgno - 1) * u64::from(page_size))
+                run.add(page, u64::from(pgno - 1) * u64::from(page_size))
                     .map_err(StoreError::io("write database", &path))
             })?;
         }
+        run.write()
+            .map_err(StoreError::io("write database", &path))?;
         self.set_file_size(st, &*file.file, size)?;
         (st.view_size, st.base_size) = (size, size);
         self.advance(st, group.whole());
+        Ok(())
+    }
+}
+
+/// Bytes that are gathered for one write.
+const RUN: usize = 256 << 10;
+
+/// Pages that lie one behind the other, written at once.
+struct Run<'a> {
+    file: &'a File,
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Run<'a> {
+    fn new(file: &'a File) -> Run<'a> {
+        Run {
+            file,
+            at: 0,
+            bytes: Vec::new(),
+        }
+    }
+
+    fn add(&mut self, page: &[u8], at: u64) -> io::Result<()> {
+        if self.at + self.bytes.len() as u64 != at || self.bytes.len() >= RUN {
+            self.write()?;
+            self.at = at;
+        }
+        self.bytes.extend_from_slice(page);
+        Ok(())
+    }
+
+    /// Writes what is there.
+    fn write(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.bytes, self.at)?;
+        self.bytes.clear();
         Ok(())
     }
 }

@@ -24,7 +24,7 @@ use zstd::zstd_safe::{InBuffer, OutBuffer};
 pub const ZSTD: &str = "zstd";
 
 /// log2 of [`WINDOW`].
-const WINDOW_LOG: u32 = 16;
+const WINDOW_LOG: u32 = 15;
 /// Bytes of the past that a piece is compressed with.
 pub const WINDOW: usize = 1 << WINDOW_LOG;
 /// log2 of [`MAX_WINDOW`].
@@ -39,7 +39,9 @@ const LARGE_LEVEL: i32 = -3;
 const LARGE: usize = 32 << 10;
 /// log2 of the entries that a coder remembers places of the window by: enough for the window, and
 /// less than zstd would take.
-const HASH_LOG: u32 = 13;
+const HASH_LOG: u32 = 12;
+/// Bytes that are compressed at once: what a coder needs beside the window is a multiple of it.
+const BLOCK: u32 = 8 << 10;
 
 /// Whether a header's list of codings has this one.
 pub fn accepts(list: &str) -> bool {
@@ -59,6 +61,7 @@ impl Coder {
         let mut zstd = Encoder::new(LEVEL)?;
         zstd.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
         zstd.set_parameter(CParameter::HashLog(HASH_LOG))?;
+        zstd.set_parameter(CParameter::MaxBlockSize(BLOCK))?;
         Ok(Coder { zstd, level: LEVEL })
     }
 

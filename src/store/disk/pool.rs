@@ -88,8 +88,8 @@ impl Disk for Pool {
             }),
             pinned: OnceLock::new(),
             used: AtomicBool::new(true),
-            // The file's size and times at least, if it was made or emptied.
-            unsynced: AtomicBool::new(!matches!(how, Open::Read | Open::Write)),
+            // That it was made or emptied leaves no bytes to be written.
+            unsynced: AtomicBool::new(false),
         });
         let mut names = RwLockUpgradableReadGuard::upgrade(names);
         names.add(path, &pooled);
@@ -320,6 +320,12 @@ impl DiskFile for Pooled {
 
     fn metadata(&self) -> io::Result<Metadata> {
         self.file()?.metadata()
+    }
+
+    fn begin_sync(&self, offset: u64, len: usize) {
+        if let Ok(file) = self.file() {
+            file.begin_sync(offset, len);
+        }
     }
 
     fn forget_cached(&self, offset: u64, len: usize) {

@@ -144,6 +144,8 @@ impl DiskFile for SimFile {
         self.sync()
     }
 
+    fn begin_sync(&self, _offset: u64, _len: usize) {}
+
     fn forget_cached(&self, offset: u64, len: usize) {
         self.real.forget_cached(offset, len);
     }
