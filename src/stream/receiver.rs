@@ -583,8 +583,8 @@ impl Applier {
             return Ok(());
         };
         // A snapshot is as old as its last transaction, which is no lag.
-        let made = files.iter().map(Arrived::header);
-        let made = made.filter(|h| !h.is_snapshot()).next_back();
+        let mut headers = files.iter().map(Arrived::header);
+        let made = headers.rfind(|header| !header.is_snapshot());
         let made = made.map(|header| header.timestamp);
         let origin = &self.origin;
         let mut ask = |name: &str, history: &[Pos]| origin.common(name, history);

@@ -11,6 +11,8 @@ use crate::cases::{self, Mode};
 
 /// How long nothing happens before a node counts as idle.
 const IDLE: Duration = Duration::from_secs(5);
+/// The same after writing: the look for old transactions, once a minute, has the files synced.
+const IDLE_AFTER_WRITING: Duration = Duration::from_secs(75);
 
 pub fn run(scale: &Scale, work: &Path) -> Result<()> {
     let [site, _] = scale.sites(work)?;
@@ -22,7 +24,7 @@ pub fn run(scale: &Scale, work: &Path) -> Result<()> {
         db.execute_batch(MAKE_TABLE)?;
         insert_rows(&db, 1)?;
     }
-    std::thread::sleep(IDLE);
+    std::thread::sleep(IDLE_AFTER_WRITING);
     let all = scale.databases;
     let row = |what: &str| format!("many, {all} databases, {what}");
     let made = process::resident_mib(node.pid())?;
