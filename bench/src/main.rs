@@ -15,6 +15,7 @@ mod measure;
 mod node;
 mod replication;
 mod requests;
+mod scale;
 mod worker;
 
 use std::path::{Path, PathBuf};
@@ -45,6 +46,8 @@ enum Command {
     /// One process of a case with several; started by the program itself.
     #[command(hide = true)]
     Worker(worker::Worker),
+    /// Measures the rows of the scale table: large databases, many of them, many replicas
+    Scale(scale::Scale),
 }
 
 #[derive(Args)]
@@ -100,6 +103,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let done = match cli.command {
         Some(Command::Worker(worker)) => worker.run(),
+        Some(Command::Scale(scale)) => scale.run(),
         None => run(&cli.options),
     };
     match done {

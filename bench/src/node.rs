@@ -20,15 +20,14 @@ use crate::{Result, requests};
 static RUNNING: Mutex<Vec<(i32, PathBuf)>> = Mutex::new(Vec::new());
 
 const START_LIMIT: Duration = Duration::from_secs(20);
-const STOP_LIMIT: Duration = Duration::from_secs(20);
+const STOP_LIMIT: Duration = Duration::from_secs(60);
 
 /// The nodes of a measurement on this machine: a primary, and a replica once it is asked for.
 ///
 /// The comparison with plain SQLite is one of a single node: a replica on the same machine would
 /// compete with it for the processors.
 pub struct Cluster {
-    program: PathBuf,
-    work: PathBuf,
+    replica_site: Site,
     /// Dropped before the primary, so that it does not log the loss of its primary.
     replica: Option<Node>,
     /// The primary.
@@ -38,38 +37,18 @@ pub struct Cluster {
 impl Cluster {
     /// Starts the primary in a directory below `work`, and waits until it is mounted and answers.
     pub fn start(work: &Path, tenure: Option<&Path>) -> Result<Cluster> {
-        let program = match tenure {
-            Some(path) => path.to_path_buf(),
-            None => std::env::current_exe()?.with_file_name("tenure"),
-        };
-        if !program.exists() {
-            return Err(format!(
-                "there is no {}: build it (cargo build --release), or name another by --tenure",
-                program.display()
-            )
-            .into());
-        }
-        let http = free_address()?;
-        let primary = Node::start(&program, work, "primary", &http, &http)?;
+        let [primary, replica_site] = sites(work, tenure)?;
         Ok(Cluster {
-            program,
-            work: work.to_owned(),
+            replica_site,
             replica: None,
-            primary,
+            primary: primary.start()?,
         })
     }
 
     /// The replica, started at the first call.
     pub fn replica(&mut self) -> Result<&Node> {
         if self.replica.is_none() {
-            let (http, primary) = (free_address()?, self.primary.http());
-            self.replica = Some(Node::start(
-                &self.program,
-                &self.work,
-                "replica",
-                &http,
-                primary,
-            )?);
+            self.replica = Some(self.replica_site.start()?);
         }
         self.replica
             .as_ref()
@@ -77,35 +56,88 @@ impl Cluster {
     }
 }
 
-/// One running `tenure mount`.
-pub struct Node {
-    child: Child,
-    mount: PathBuf,
+/// Where a primary and a replica of it are to run, with their configurations; nothing is started.
+pub fn sites(work: &Path, tenure: Option<&Path>) -> Result<[Site; 2]> {
+    let program = program(tenure)?;
+    let (http, other) = (free_address()?, free_address()?);
+    let primary = Site::make(&program, work, "primary", &http, &http)?;
+    let replica = Site::make(&program, work, "replica", &other, &http)?;
+    Ok([primary, replica])
+}
+
+/// The tenure program: `tenure`, or the one beside this program.
+pub fn program(tenure: Option<&Path>) -> Result<PathBuf> {
+    let program = match tenure {
+        Some(path) => path.to_path_buf(),
+        None => std::env::current_exe()?.with_file_name("tenure"),
+    };
+    match program.exists() {
+        true => Ok(program),
+        false => Err(format!(
+            "there is no {}: build it (cargo build --release), or name another by --tenure",
+            program.display()
+        )
+        .into()),
+    }
+}
+
+/// A node's directory and configuration; it can be started, stopped, and started again.
+pub struct Site {
+    program: PathBuf,
+    dir: PathBuf,
     http: String,
 }
 
-impl Node {
-    fn start(program: &Path, work: &Path, name: &str, http: &str, primary: &str) -> Result<Node> {
+impl Site {
+    fn make(program: &Path, work: &Path, name: &str, http: &str, primary: &str) -> Result<Site> {
         let dir = work.canonicalize()?.join(name);
-        let (mount, data) = (dir.join("mnt"), dir.join("data"));
-        std::fs::create_dir_all(&mount)?;
-        let config = dir.join("litefs.yml");
+        let site = Site {
+            program: program.to_owned(),
+            dir,
+            http: http.to_owned(),
+        };
+        std::fs::create_dir_all(site.mount())?;
+        let (mount, data) = (site.mount(), site.data());
         let candidate = http == primary;
         // JSON strings are YAML strings.
         std::fs::write(
-            &config,
+            site.config(),
             format!(
                 "fuse:\n  dir: {mount:?}\ndata:\n  dir: {data:?}\nhttp:\n  addr: \"{http}\"\n\
                  lease:\n  type: static\n  hostname: primary\n  advertise-url: \"http://{primary}\"\n  \
                  candidate: {candidate}\n"
             ),
         )?;
-        let log = dir.join("log");
+        Ok(site)
+    }
+
+    /// Its data directory.
+    pub fn data(&self) -> PathBuf {
+        self.dir.join("data")
+    }
+
+    /// Where it is mounted once it runs.
+    pub fn mount(&self) -> PathBuf {
+        self.dir.join("mnt")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.join("litefs.yml")
+    }
+
+    /// Starts it, and waits until it is mounted and answers.
+    pub fn start(&self) -> Result<Node> {
+        self.start_within(START_LIMIT)
+    }
+
+    /// The same, for a start that may take longer.
+    pub fn start_within(&self, limit: Duration) -> Result<Node> {
+        let log = self.dir.join("log");
         let log_file = File::create(&log)?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(&self.program);
         command
             .args(["mount", "-config"])
-            .arg(&config)
+            .arg(self.config())
             .stdin(Stdio::null())
             .stdout(log_file.try_clone()?)
             .stderr(log_file);
@@ -113,21 +145,33 @@ impl Node {
         unsafe { command.pre_exec(stop_with_parent) };
         let child = command
             .spawn()
-            .map_err(|e| format!("start {}: {e}", program.display()))?;
+            .map_err(|e| format!("start {}: {e}", self.program.display()))?;
+        let (mount, http) = (self.mount(), self.http.clone());
         if let Ok(mut running) = RUNNING.lock() {
             running.push((child.id() as i32, mount.clone()));
         }
-        let http = http.to_string();
         let mut node = Node { child, mount, http };
-        node.wait_until_ready().map_err(|e| {
+        node.wait_until_ready(limit).map_err(|e| {
             let log = std::fs::read_to_string(&log).unwrap_or_default();
-            format!("the {name} does not start: {e}; its log:\n{log}")
+            format!(
+                "{} does not start: {e}; its log:\n{log}",
+                self.dir.display()
+            )
         })?;
         Ok(node)
     }
+}
 
-    fn wait_until_ready(&mut self) -> Result<()> {
-        let deadline = Instant::now() + START_LIMIT;
+/// One running `tenure mount`; it is stopped when it is dropped.
+pub struct Node {
+    child: Child,
+    mount: PathBuf,
+    http: String,
+}
+
+impl Node {
+    fn wait_until_ready(&mut self, limit: Duration) -> Result<()> {
+        let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait()? {
                 return Err(format!("it ended, {status}").into());
@@ -139,9 +183,23 @@ impl Node {
             match info {
                 Ok(_) => return Ok(()),
                 Err(e) if Instant::now() > deadline => return Err(e),
-                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+                Err(_) => std::thread::sleep(Duration::from_millis(5)),
             }
         }
+    }
+
+    /// Its process ID.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Ends it as a loss of the process would, and waits until it is gone.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        // Nobody must wait for an answer of it any more.
+        detach(&self.mount);
+        self.child.wait()?;
+        Ok(())
     }
 
     /// Its mount point.

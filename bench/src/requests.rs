@@ -3,6 +3,7 @@
 //! The daemon's own counter is read from `/metrics` before and after; the difference of two
 //! readings with no transaction in between is printed as well, as what is not the reader's doing.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::path::Path;
@@ -65,6 +66,23 @@ fn counter(http: &str) -> Result<u64> {
         }
     }
     found.ok_or_else(|| format!("http://{http}/metrics does not show {COUNTER}").into())
+}
+
+/// A plain POST over HTTP/1.1 whose body is the file; an error unless the answer is a 200.
+pub fn post_file(http: &str, path: &str, mut file: File) -> Result<()> {
+    let size = file.metadata()?.len();
+    let mut stream = TcpStream::connect(http)?;
+    write!(
+        stream,
+        "POST {path} HTTP/1.0\r\nHost: {http}\r\nContent-Length: {size}\r\n\r\n"
+    )?;
+    std::io::copy(&mut file, &mut stream)?;
+    let mut answer = String::new();
+    stream.take(4096).read_to_string(&mut answer)?;
+    match answer.split(' ').nth(1) {
+        Some("200") => Ok(()),
+        _ => Err(format!("POST http://{http}{path}: {answer}").into()),
+    }
 }
 
 /// A plain GET over HTTP/1.1 with a time limit; the body of a 200, else an error.

@@ -26,6 +26,7 @@ use warp::{Filter, Rejection, Reply};
 use crate::access::Current;
 use crate::role::{Commands, Promoter, Status};
 use crate::store::{Store, check_database};
+use crate::stream::coding::{self, Coder};
 use crate::stream::posmap;
 use crate::stream::replicas::Replicas;
 use crate::stream::sender::{self, Limits, Replica, SendError};
@@ -423,6 +424,7 @@ async fn replica<B: Buf>(
         id,
         positions,
         filter,
+        coded: given("accept-encoding").is_some_and(|list| coding::accepts(&list)),
     })
 }
 
@@ -450,6 +452,14 @@ pub(super) async fn collect<B: Buf>(
 
 /// Starts to send to a replica.
 fn stream(api: Arc<Api>, connection: Arc<Connection>, place: Place, replica: Replica) -> Response {
+    let coder = match replica.coded.then(Coder::new).transpose() {
+        Ok(coder) => coder,
+        Err(error) => {
+            let text = format!("the stream cannot be compressed: {error}");
+            return refuse(StatusCode::INTERNAL_SERVER_ERROR, &text);
+        }
+    };
+    let stats = Arc::clone(&api.stats);
     let (body, stream) = body::channel(sender::CHANNEL_CAPACITY);
     let epoch = api.epoch();
     task::spawn(async move {
@@ -485,7 +495,14 @@ fn stream(api: Arc<Api>, connection: Arc<Connection>, place: Place, replica: Rep
             }
         }
     });
-    let reply = warp::reply::stream(stream);
+    let reply = match coder {
+        Some(coder) => {
+            let stream = body::coded(stream, coder, Arc::clone(&stats));
+            let reply = warp::reply::stream(stream);
+            warp::reply::with_header(reply, header::CONTENT_ENCODING, coding::ZSTD).into_response()
+        }
+        None => warp::reply::stream(body::counted(stream, stats)).into_response(),
+    };
     let reply = warp::reply::with_header(reply, EPOCH_HEADER, epoch);
     warp::reply::with_header(reply, header::CONTENT_TYPE, "application/octet-stream")
         .into_response()

@@ -7,13 +7,16 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::Poll;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures_util::Stream;
+use futures_util::{Stream, TryStreamExt};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
+
+use crate::stream::coding::Coder;
+use crate::stream::stats::Stats;
 
 /// The writing end of a body.
 pub(super) struct BodySender {
@@ -59,6 +62,43 @@ pub(super) fn channel(
         },
         stream,
     )
+}
+
+/// The stream to a replica, compressed. What is sent is counted.
+pub(super) fn coded(
+    stream: impl Stream<Item = io::Result<Bytes>> + Send + Sync + 'static,
+    mut coder: Coder,
+    stats: Arc<Stats>,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + Sync + 'static {
+    let mut stream = Box::pin(stream);
+    let mut ended = false;
+    futures_util::stream::poll_fn(move |cx| {
+        if ended {
+            return Poll::Ready(None);
+        }
+        let piece = ready!(stream.as_mut().poll_next(cx));
+        let plain = match &piece {
+            Some(Ok(piece)) => piece.len(),
+            _ => 0,
+        };
+        let coded = match piece {
+            Some(piece) => piece.and_then(|piece| coder.encode(&piece)),
+            None => coder.finish(),
+        };
+        ended = plain == 0 || coded.is_err();
+        if let Ok(coded) = &coded {
+            stats.count_bytes(plain, coded.len());
+        }
+        Poll::Ready(Some(coded))
+    })
+}
+
+/// The stream to a replica as it is. What is sent is counted.
+pub(super) fn counted(
+    stream: impl Stream<Item = io::Result<Bytes>> + Send + Sync + 'static,
+    stats: Arc<Stats>,
+) -> impl Stream<Item = io::Result<Bytes>> + Send + Sync + 'static {
+    stream.inspect_ok(move |piece| stats.count_bytes(piece.len(), piece.len()))
 }
 
 /// How long a body may keep its reader waiting, on the whole, before its bytes count for nothing.

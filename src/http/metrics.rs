@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::UNIX_EPOCH;
 
 use prometheus::{
-    Encoder, GaugeVec, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder, core::Collector,
+    Encoder, GaugeVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry, TextEncoder,
+    core::Collector,
 };
 
 use crate::store::{Counters, Role};
@@ -241,7 +242,25 @@ fn streams(api: &Api, registry: &Registry) -> Result<(), prometheus::Error> {
         sent.with_label_values(&[db.as_str(), kind.label()])
             .inc_by(count);
     }
-    register(registry, sent)
+    register(registry, sent)?;
+    let (plain, sent) = api.stats.bytes();
+    for (name, help, count) in [
+        (
+            "tenure_stream_plain_bytes_total",
+            "Bytes for replicas, before compression.",
+            plain,
+        ),
+        (
+            "tenure_stream_sent_bytes_total",
+            "Bytes for replicas, as they were sent.",
+            sent,
+        ),
+    ] {
+        let counter = IntCounter::new(name, help)?;
+        counter.inc_by(count);
+        register(registry, counter)?;
+    }
+    Ok(())
 }
 
 fn register(

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use reqwest::{Client, Method, RequestBuilder, Response, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -9,7 +10,7 @@ use tokio::time::timeout;
 
 use crate::ltx::{self, Pos};
 use crate::stream::frame::{ChunkReader, Frame, FrameError};
-use crate::stream::{common, format_node_id, posmap};
+use crate::stream::{coding, common, format_node_id, posmap};
 
 use super::harness::{TestNode, eventually, golden};
 use super::server::{Server, ServerError};
@@ -37,14 +38,17 @@ async fn text(response: Response) -> (StatusCode, String) {
 /// The frames of a stream that is still open, with their LTX files.
 struct Frames {
     response: Response,
+    decoder: Option<coding::Decoder>,
     bytes: Vec<u8>,
 }
 
 impl Frames {
     fn new(response: Response) -> Frames {
         assert_eq!(response.status(), StatusCode::OK);
+        let coded = response.headers().contains_key("content-encoding");
         Frames {
             response,
+            decoder: coded.then(|| coding::Decoder::new().unwrap()),
             bytes: Vec::new(),
         }
     }
@@ -67,8 +71,17 @@ impl Frames {
                 return found;
             }
             let more = timeout(Duration::from_secs(10), self.response.chunk()).await;
-            self.bytes
-                .extend_from_slice(&more.expect("a frame").unwrap().expect("no end yet"));
+            self.add(more.expect("a frame").unwrap().expect("no end yet"));
+        }
+    }
+
+    fn add(&mut self, more: Bytes) {
+        let Some(decoder) = &mut self.decoder else {
+            return self.bytes.extend_from_slice(&more);
+        };
+        decoder.add(more);
+        while decoder.has_more() {
+            self.bytes.extend_from_slice(&decoder.decode().unwrap());
         }
     }
 
@@ -90,7 +103,7 @@ impl Frames {
     /// Asserts that the body is at its end, and complete.
     async fn assert_end(mut self) {
         while let Some(more) = self.response.chunk().await.unwrap() {
-            self.bytes.extend_from_slice(&more);
+            self.add(more);
         }
         assert_eq!(self.bytes, b"");
     }
@@ -446,6 +459,46 @@ async fn what_a_replica_has_decides_what_it_gets() {
     let mut frames = Frames::new(request.send().await.unwrap());
     assert!(matches!(frames.next().await.0, Frame::Ltx { name, .. } if name == "b.db"));
     assert_eq!(frames.next().await.0, Frame::Ready);
+}
+
+#[tokio::test]
+async fn a_stream_is_compressed_for_who_asks_for_it() {
+    let mut node = TestNode::primary().await;
+    let files = golden("wal-4096-lz4");
+    node.seed("w.db", &files[..2]).await;
+    let litefs = post_stream(&node, vec![0; 4])
+        .header("accept-encoding", "gzip")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(litefs.headers().get("content-encoding"), None);
+    let ours = post_stream(&node, vec![0; 4])
+        .header("accept-encoding", "gzip, zstd")
+        .send()
+        .await
+        .unwrap();
+    assert_eq!(ours.headers()["content-encoding"], "zstd");
+    let (mut litefs, mut ours) = (Frames::new(litefs), Frames::new(ours));
+    for frames in [&mut litefs, &mut ours] {
+        while frames.next().await.0 != Frame::Ready {}
+    }
+    for file in &files[2..] {
+        node.seed("w.db", std::slice::from_ref(file)).await;
+        let as_it_is = litefs.next().await.1;
+        let plain = ours.next().await.1;
+        assert!(ltx::verify(&as_it_is[..]).unwrap().header.compressed);
+        assert_eq!(ltx::without_lz4(&as_it_is).unwrap(), Some(plain));
+        for frames in [&mut litefs, &mut ours] {
+            assert!(matches!(frames.next().await.0, Frame::HighWaterMark { .. }));
+        }
+    }
+    let (plain, sent) = node.stats.bytes();
+    assert!(sent > 0 && sent < plain, "{sent} of {plain}");
+    node.stop().await;
+    for mut frames in [litefs, ours] {
+        assert_eq!(frames.next().await.0, Frame::End);
+        frames.assert_end().await;
+    }
 }
 
 #[tokio::test]

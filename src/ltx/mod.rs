@@ -22,6 +22,7 @@ mod header;
 mod merge;
 mod order;
 mod pos;
+mod recode;
 
 #[cfg(test)]
 mod golden_tests;
@@ -35,6 +36,7 @@ pub use error::LtxError;
 pub use header::{HEADER_SIZE, Header, PAGE_HEADER_SIZE, TRAILER_SIZE, Trailer};
 pub use merge::merge;
 pub use pos::{ParsePosError, Pos, file_name, parse_file_name, parse_txid};
+pub use recode::{with_lz4, without_lz4};
 
 /// The byte of a database file that SQLite's locks begin at.
 const LOCK_BYTE: u32 = 0x4000_0000;

@@ -168,6 +168,12 @@ impl DiskFile for NodeFile {
         self.disk.check()
     }
 
+    fn begin_sync(&self, _offset: u64, _len: usize) {}
+
+    fn forget_cached(&self, offset: u64, len: usize) {
+        self.file.forget_cached(offset, len);
+    }
+
     fn metadata(&self) -> io::Result<Metadata> {
         self.file.metadata()
     }

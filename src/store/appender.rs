@@ -116,6 +116,10 @@ impl<'a> Appender<'a> {
         };
         seg.file
             .write_all_at(&buffer[skip..], start + skip as u64)?;
+        if buffer.len() >= WRITE_BUFFER {
+            // The flush will have to wait for the last pieces only.
+            seg.file.begin_sync(start, buffer.len());
+        }
         self.buffer_at = at + buffer.len() as u64;
         self.buffer = buffer;
         self.buffer.clear();

@@ -17,7 +17,7 @@ use crate::ltx::Pos;
 
 use super::clients::Clients;
 use super::database::Database;
-use super::disk::{Disk, Real};
+use super::disk::{Disk, Pool};
 use super::fault::{Action, FaultStats, Place, Refetch};
 use super::forward::Primary;
 use super::front::Front;
@@ -52,7 +52,7 @@ impl Options {
             compress: true,
             retention: Duration::from_secs(600),
             strict_verify: false,
-            disk: Arc::new(Real),
+            disk: Arc::new(Pool::default()),
             background: Background::Threads,
             random: Random::default(),
         }

@@ -34,6 +34,7 @@ use super::Store;
 use super::context::Job;
 use super::database::{Database, FileKind, now_ms};
 use super::error::StoreError;
+use super::group::Group;
 use super::receive::{Incoming, Spool};
 use super::replica::{Exclusive, READER_WAIT, ReplicaLocks, lock_timeout};
 
@@ -468,7 +469,7 @@ impl Database {
         if incoming.header.is_snapshot() {
             self.begin_snapshot();
         }
-        self.apply_in_place(locks, ino, &captured, &mut incoming)?;
+        self.apply_in_place(locks, ino, &mut Group::of_one(&captured, &mut incoming))?;
         self.verdict(&pass)?;
         Ok(Some(captured.pos))
     }

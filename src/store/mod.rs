@@ -37,6 +37,7 @@ pub mod front;
 #[cfg(any(test, fuzzing))]
 pub(crate) mod fuzz;
 mod gate;
+mod group;
 mod halt;
 mod import;
 mod index;
@@ -52,6 +53,7 @@ mod receive;
 mod records;
 mod recover;
 mod replica;
+mod replica_in_place;
 mod replica_wal;
 mod role_change;
 mod rollback;
@@ -78,7 +80,7 @@ pub use forward::{Cancelled, Decided, HALT_TTL, HALT_WAIT, Outgoing, Primary, Ve
 pub use import::ImportError;
 pub use log::LogStats;
 pub use names::{LOCK_DIR, Name, check_database};
-pub use receive::Received;
+pub use receive::{Arrived, Received};
 pub use records::{LargeRecord, Next, Record};
 pub use room::Room;
 pub use scrub::{Scrub, ScrubOptions};

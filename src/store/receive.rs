@@ -9,8 +9,6 @@ use std::sync::Arc;
 use crate::ltx::{self, Decoder, Header, Pos};
 use crate::sqlite::header::DbHeader;
 
-use crate::task;
-
 use super::Store;
 use super::capture::Captured;
 use super::database::{Database, State};
@@ -104,15 +102,31 @@ impl Spool {
     }
 }
 
+/// Bytes that are gathered before they are spooled.
+const GATHERED: usize = 256 << 10;
+
 struct Tee<'a> {
     from: &'a mut dyn Read,
     spool: &'a mut Spool,
+    /// What was read and is not in the spool yet: reads are small where pages are not compressed.
+    gathered: Vec<u8>,
+}
+
+impl Tee<'_> {
+    fn spool(&mut self) -> io::Result<()> {
+        self.spool.add(&self.gathered)?;
+        self.gathered.clear();
+        Ok(())
+    }
 }
 
 impl Read for Tee<'_> {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         let n = self.from.read(buf)?;
-        self.spool.add(&buf[..n])?;
+        self.gathered.extend_from_slice(&buf[..n]);
+        if self.gathered.len() >= GATHERED {
+            self.spool()?;
+        }
         Ok(n)
     }
 }
@@ -138,6 +152,7 @@ impl Incoming {
         let mut decoder = Decoder::new(Tee {
             from,
             spool: &mut spool,
+            gathered: Vec::new(),
         })
         .map_err(StoreError::ltx(context()))?;
         let header = *decoder.header();
@@ -154,7 +169,9 @@ impl Incoming {
             }
             pages.push((pgno, ltx::page_checksum(pgno, &page)));
         }
-        let (_, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
+        let (mut tee, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
+        tee.spool()
+            .map_err(StoreError::io("spool a transaction in", &dir))?;
         ltx::check_transition(&header, &trailer, pages.len() as u32)
             .map_err(StoreError::ltx(context()))?;
         Ok(Incoming {
@@ -165,6 +182,23 @@ impl Incoming {
             change_counter: first.map(|h| h.change_counter),
             spool,
         })
+    }
+
+    /// Compresses the pages as the log is to have them. A file that memory does not hold stays as
+    /// it is.
+    fn compress(&mut self, db: &str) -> Result<(), StoreError> {
+        if self.spool.file.is_some() {
+            return Ok(());
+        }
+        let compressed = ltx::with_lz4(&self.spool.memory);
+        let compressed =
+            compressed.map_err(StoreError::ltx(format!("transaction received for {db}")))?;
+        if let Some(file) = compressed {
+            self.spool.size = file.len() as u64;
+            self.spool.memory = file;
+            self.header.compressed = true;
+        }
+        Ok(())
     }
 
     pub fn pos(&self) -> Pos {
@@ -186,7 +220,69 @@ impl Incoming {
     }
 }
 
+/// A whole LTX file that has arrived, right in itself, and is still to be applied.
+pub struct Arrived(Incoming);
+
+impl Arrived {
+    /// Its header.
+    pub fn header(&self) -> &Header {
+        &self.0.header
+    }
+
+    /// Bytes of it, about as many as it takes in memory or on disk until it is applied.
+    pub fn size(&self) -> u64 {
+        self.0.spool.size()
+    }
+}
+
 impl Store {
+    /// Reads exactly one LTX file, and checks all of it that can be checked without the database.
+    /// Blocks on the reader and the disk. Nothing is changed.
+    pub fn read_arriving(&self, name: &str, from: &mut dyn Read) -> Result<Arrived, StoreError> {
+        super::names::check_database(name)?;
+        let mut incoming = Incoming::read(self.scratch(), from, name)?;
+        if self.context.options.compress {
+            incoming.compress(name)?;
+        }
+        Ok(Arrived(incoming))
+    }
+
+    /// Whether files that follow the one that was read are better applied together with it.
+    pub fn applies_in_groups(&self, name: &str, file: &Arrived) -> bool {
+        let header = file.header();
+        let single = header.node_id == self.node_id() || header.is_snapshot();
+        !single && self.database(name).is_some_and(|db| db.applies_in_place())
+    }
+
+    /// Applies files that were read of one database, in order: at once if they are such as
+    /// [`Store::applies_in_groups`] says and each follows the one before it, else one by one, and
+    /// then those before the first that is refused are applied. See [`Store::receive`].
+    ///
+    /// # Errors
+    /// As those of [`Store::receive`].
+    pub fn receive_all(
+        &self,
+        name: &str,
+        mut files: Vec<Arrived>,
+        common: &mut dyn FnMut(&str, &[Pos]) -> Common,
+    ) -> Result<(), StoreError> {
+        if files.len() > 1
+            && files.iter().all(|f| self.applies_in_groups(name, f))
+            && let Some(db) = self.database(name)
+        {
+            let mut group: Vec<Incoming> = files.into_iter().map(|f| f.0).collect();
+            db.end_hold(None);
+            if db.apply_group(&mut group)? {
+                return Ok(());
+            }
+            files = group.into_iter().map(Arrived).collect();
+        }
+        for file in files {
+            self.take(name, file.0, common)?;
+        }
+        Ok(())
+    }
+
     /// Reads exactly one LTX file, and applies it. Blocks: on the reader, on the disk, and in the
     /// rollback modes on applications that read, for a bounded time.
     ///
@@ -204,8 +300,16 @@ impl Store {
         from: &mut dyn Read,
         common: &mut dyn FnMut(&str, &[Pos]) -> Common,
     ) -> Result<Received, StoreError> {
-        super::names::check_database(name)?;
-        let incoming = Incoming::read(self.scratch(), from, name)?;
+        let file = self.read_arriving(name, from)?;
+        self.take(name, file.0, common)
+    }
+
+    fn take(
+        &self,
+        name: &str,
+        incoming: Incoming,
+        common: &mut dyn FnMut(&str, &[Pos]) -> Common,
+    ) -> Result<Received, StoreError> {
         let own = incoming.header.node_id == self.node_id() && !incoming.header.is_snapshot();
         if own
             && self
@@ -267,8 +371,7 @@ impl Database {
         Ok(())
     }
 
-    /// An error if the file does not hold every page that it adds to the database: what such a page
-    /// is would be left open, and a header could make the database as large as it says.
+    /// An error if the file does not hold every page that it adds to the database.
     fn check_growth(&self, st: &State, incoming: &Incoming) -> Result<(), StoreError> {
         let Header {
             page_size, commit, ..
@@ -277,31 +380,20 @@ impl Database {
             true => st.page_count,
             false => 0,
         };
-        let lock_page = ltx::lock_pgno(page_size);
-        let lock_page = u32::from((old.saturating_add(1)..=commit).contains(&lock_page));
-        let added = incoming.pages.iter().filter(|(pgno, _)| *pgno > old);
-        let added = added.count() as u64 + u64::from(lock_page);
-        if u64::from(commit) > u64::from(old) + added {
-            let what = format!(
-                "transaction {:016x} makes it {commit} pages of {page_size} bytes, and does not hold all that are new",
-                incoming.header.max_txid
-            );
-            let db = self.name.clone();
-            return Err(StoreError::Refused { db, what });
+        if holds_what_it_adds(incoming, old) {
+            return Ok(());
         }
-        Ok(())
+        let what = format!(
+            "transaction {:016x} makes it {commit} pages of {page_size} bytes, and does not hold all that are new",
+            incoming.header.max_txid
+        );
+        let db = self.name.clone();
+        Err(StoreError::Refused { db, what })
     }
 
     /// Applies a checked file; see the `replica` module for how.
     pub(super) fn apply(self: &Arc<Self>, mut incoming: Incoming) -> Result<Received, StoreError> {
-        let mut locks = loop {
-            let locks = task::lock(&self.replica);
-            if !self.holds_halt() {
-                break locks;
-            }
-            drop(locks);
-            self.end_hold(None);
-        };
+        let mut locks = self.lock_applier();
         if incoming.pos() == self.lock().pos {
             return Ok(Received::Known);
         }
@@ -309,4 +401,17 @@ impl Database {
         self.apply_incoming(&mut locks, &mut incoming)?;
         Ok(Received::Applied(incoming.pos()))
     }
+}
+
+/// Whether the file has every page that it adds to a database of `old` pages: what another such page
+/// is would be left open, and a header could make the database as large as it says.
+pub(super) fn holds_what_it_adds(incoming: &Incoming, old: u32) -> bool {
+    let Header {
+        page_size, commit, ..
+    } = incoming.header;
+    let lock_page = ltx::lock_pgno(page_size);
+    let lock_page = u32::from((old.saturating_add(1)..=commit).contains(&lock_page));
+    let added = incoming.pages.iter().filter(|(pgno, _)| *pgno > old);
+    let added = added.count() as u64 + u64::from(lock_page);
+    u64::from(commit) <= u64::from(old) + added
 }

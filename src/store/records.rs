@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use crc_fast::CrcAlgorithm::Crc64GoIso;
 
-use crate::ltx::{Header, Pos};
+use crate::ltx::{self, Header, Pos};
 
 use super::database::Database;
 use super::error::StoreError;
@@ -145,12 +145,19 @@ impl Database {
         }))
     }
 
+    /// The same LTX file with its pages as they are, for a stream that is compressed as a whole.
+    pub fn without_lz4(&self, file: Bytes) -> Result<Bytes, StoreError> {
+        let plain = ltx::without_lz4(&file);
+        let plain = plain.map_err(StoreError::ltx(format!("transaction of {}", self.name)))?;
+        Ok(plain.map_or(file, Bytes::from))
+    }
+
     /// Whether the log shows that this position is in the database's past.
     pub fn log_follows(&self, pos: Pos) -> Result<bool, StoreError> {
         let Some(mut record) = self.log().read(pos.txid + 1)? else {
             return Ok(false);
         };
-        let mut head = [0u8; crate::ltx::HEADER_SIZE];
+        let mut head = [0u8; ltx::HEADER_SIZE];
         record
             .body
             .read_exact(&mut head)

@@ -307,8 +307,10 @@ impl Database {
         if st.sums.recomputed() != st.pos.checksum {
             self.sums_of_file(st, &file)?;
         }
-        file.set_len(size)
-            .map_err(StoreError::io("resize", &path))?;
+        if len != size {
+            file.set_len(size)
+                .map_err(StoreError::io("resize", &path))?;
+        }
         let mut head = [0u8; header::HEADER_SIZE];
         read_or_zeros(&*file, 0, &mut head).map_err(StoreError::io("read", &path))?;
         let h = DbHeader::parse(&head).map_err(|e| StoreError::corrupt(&path, e.to_string()))?;

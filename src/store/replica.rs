@@ -17,7 +17,6 @@ use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::ltx::Decoder;
-use crate::sqlite::header::DbHeader;
 use crate::sqlite::locks::{self, LockGuard, LockKind};
 
 use crate::task;
@@ -25,6 +24,7 @@ use crate::task;
 use super::capture::Captured;
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
+use super::group::Group;
 use super::receive::Incoming;
 use super::shm::SharedIndex;
 use super::sums::SumsHeader;
@@ -269,7 +269,7 @@ impl Database {
             if keeps_wal {
                 self.apply_to_wal(locks, ino, &captured, incoming)?;
             } else {
-                self.apply_in_place(locks, ino, &captured, incoming)?;
+                self.apply_in_place(locks, ino, &mut Group::of_one(&captured, incoming))?;
             }
         }
         self.settle_mode(locks)
@@ -424,7 +424,7 @@ impl Database {
         }
         let mut st = self.lock();
         st.sums = Default::default();
-        if let Err(e) = self.write_pages(&mut st, c, incoming) {
+        if let Err(e) = self.write_pages(&mut st, &mut Group::of_one(c, incoming)) {
             self.set_broken(&mut st, e.to_string());
             return Err(e);
         }
@@ -432,125 +432,6 @@ impl Database {
         self.after_advance(&mut st);
         drop(st);
         self.show_applied(c);
-        Ok(())
-    }
-
-    /// Writes the pages into the database file, under SQLite's exclusive lock.
-    pub(super) fn apply_in_place(
-        self: &Arc<Self>,
-        locks: &mut ReplicaLocks,
-        ino: u64,
-        c: &Captured,
-        incoming: &mut Incoming,
-    ) -> Result<(), StoreError> {
-        let reserved = locks.held == Some(Held::Reserved);
-        let file = locks.database(self, ino)?;
-        let exclusive =
-            Exclusive::acquire(self, file, clock::now() + READER_WAIT, false, reserved)?;
-        // Before it is logged: after that, a full disk would cost the database.
-        let size = u64::from(c.commit) * u64::from(c.page_size);
-        self.reserve(&mut self.lock(), size)?;
-        self.append_incoming(incoming, true)?;
-        let mut st = self.lock();
-        let same_size = st.page_size == c.page_size;
-        let written: Vec<u32> = c
-            .changed
-            .iter()
-            .filter(|(p, sum)| !same_size || st.sums.get(*p) != *sum)
-            .map(|(p, _)| *p)
-            .collect();
-        let shrunk = st.view_size > u64::from(c.commit) * u64::from(c.page_size);
-        let renew = self.may_look_the_same(&st, incoming);
-        if let Err(e) = self.write_pages(&mut st, c, incoming) {
-            self.set_broken(
-                &mut st,
-                format!("{e}: its log is whole, start the node anew once the cause is mended"),
-            );
-            return Err(e);
-        }
-        self.after_advance(&mut st);
-        if renew {
-            self.renew_file(&mut st)?;
-        }
-        drop(st);
-        let whole = shrunk || !same_size || renew;
-        self.invalidate_pages(ino, c.page_size, if whole { &[] } else { &written });
-        if let Some(front) = self.context.front().filter(|_| renew) {
-            front.invalidate_entry(&self.mount_name(FileKind::Database));
-        }
-        drop(exclusive);
-        if renew {
-            locks.close(self);
-        }
-        self.publish_applied(c);
-        Ok(())
-    }
-
-    /// Whether a connection in a rollback mode may take what it has cached for current once this is
-    /// applied. SQLite goes by the change counter. It grows with each transaction, but: a snapshot
-    /// of another history may have a lower one, which then comes by again what it was here; and a
-    /// connection in the exclusive locking mode counts its first transaction only.
-    fn may_look_the_same(&self, st: &State, incoming: &Incoming) -> bool {
-        if st.page_count == 0 {
-            // There is nothing that could be cached.
-            return false;
-        }
-        match (self.change_counter(st), incoming.change_counter) {
-            (Some(here), Some(counter)) => counter <= here,
-            _ => true,
-        }
-    }
-
-    /// The change counter of the newest transaction; `None` if it cannot be read.
-    pub(super) fn change_counter(&self, st: &State) -> Option<u32> {
-        let mut page = vec![0u8; st.page_size as usize];
-        st.read_committed(self, 1, &mut page).ok()?;
-        Some(DbHeader::parse(&page).ok()?.change_counter)
-    }
-
-    /// The same bytes become another file: who has the old one open reads and writes no more, and
-    /// has to open it anew, without what it has cached. Under the exclusive lock.
-    fn renew_file(&self, st: &mut State) -> Result<(), StoreError> {
-        let old = st.database_file(&self.name)?;
-        old.replace();
-        st.rollback_counter = 0;
-        self.adopt_file(st, FileKind::Database, old.file.clone());
-        tracing::info!(
-            db = self.name,
-            "its change counter does not tell what has changed: connections are to be opened anew"
-        );
-        Ok(())
-    }
-
-    /// Writes the pages that differ into the database file, and moves the state on.
-    fn write_pages(
-        &self,
-        st: &mut State,
-        c: &Captured,
-        incoming: &mut Incoming,
-    ) -> Result<(), StoreError> {
-        let same_size = st.page_size == c.page_size;
-        st.preserve_before(self, c)?;
-        let path = self.path(FileKind::Database);
-        let size = u64::from(c.commit) * u64::from(c.page_size);
-        self.reserve(st, size)?;
-        let file = st.database_file(&self.name)?;
-        let sums = &st.sums;
-        self.for_pages(incoming, |pgno, page| {
-            let changed = c
-                .changed
-                .binary_search_by_key(&pgno, |(p, _)| *p)
-                .map(|i| c.changed[i].1);
-            if same_size && changed == Ok(sums.get(pgno)) {
-                return Ok(());
-            }
-            file.file
-                .write_all_at(page, u64::from(pgno - 1) * u64::from(c.page_size))
-                .map_err(StoreError::io("write database", &path))
-        })?;
-        self.set_file_size(st, &*file.file, size)?;
-        (st.view_size, st.base_size) = (size, size);
-        self.advance(st, c);
         Ok(())
     }
 

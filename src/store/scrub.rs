@@ -9,7 +9,6 @@
 //! Bounds: [`Pace`] holds it to so many bytes a second; locks are held for one page at a time (for
 //! a piece of the checksums); memory is [`PIECE`].
 
-use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
@@ -166,7 +165,7 @@ impl Database {
             let pages = (PIECE as u32 / page_size).min(count - next + 1);
             let piece = &mut bytes[..(pages * page_size) as usize];
             let at = u64::from(next - 1) * u64::from(page_size);
-            forget_cached(file.file.as_fd().as_raw_fd(), at, piece.len());
+            file.file.forget_cached(at, piece.len());
             or_end!(pace.take(piece.len() as u64));
             let readable = read_or_zeros(&*file.file, at, piece).is_ok();
             let sums: Vec<u64> = (next..)
@@ -325,18 +324,5 @@ impl Database {
         }
         self.log().replace_with(segment)?;
         Ok(true)
-    }
-}
-
-/// Has what is read next come from the disk, and not from the page cache: what is dirty stays.
-fn forget_cached(fd: std::os::fd::RawFd, at: u64, len: usize) {
-    // SAFETY: numbers, and a descriptor that its owner keeps open. A failure costs nothing.
-    unsafe {
-        libc::posix_fadvise(
-            fd,
-            at as libc::off_t,
-            len as libc::off_t,
-            libc::POSIX_FADV_DONTNEED,
-        );
     }
 }

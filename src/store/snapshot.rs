@@ -126,6 +126,11 @@ impl Snapshot {
         }
     }
 
+    /// Its LTX file is to have the pages as they are, without LZ4.
+    pub fn without_lz4(&mut self) {
+        self.header.compressed = false;
+    }
+
     /// Writes it as an LTX file. `w` should buffer. The LTX header names this node as the creator
     /// only of transactions; a snapshot's is 0, so that a node never takes it for its own.
     pub fn write_to(&mut self, w: &mut dyn Write) -> Result<Pos, StoreError> {

@@ -27,6 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use http::header::{ACCEPT_ENCODING, CONTENT_ENCODING};
 use http::{Request, Response, StatusCode, Uri, Version};
 use parking_lot::Mutex;
 use tenure_lease::PrimaryInfo;
@@ -35,11 +36,12 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::clock;
-use crate::ltx::{HEADER_SIZE, Header, Pos};
+use crate::ltx::Pos;
 use crate::peer::{self, Incoming, PeerError, Peers};
-use crate::store::{Common, Store, StoreError, check_database};
+use crate::store::{Arrived, Common, Store, StoreError, check_database};
 use crate::task;
 
+use super::coding::{self, Decoder};
 use super::common;
 use super::frame::{ChunkReader, Frame, FrameError};
 use super::posmap::{self, PosMap};
@@ -65,6 +67,11 @@ const JOIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Pieces of the body that wait to be applied; the connection makes each at most 16 KiB large.
 const CHANNEL_CAPACITY: usize = 64;
+
+/// Transactions of one database that are there already are applied together: up to so many of them,
+/// and so many bytes.
+const GROUP_FILES: usize = 256;
+const GROUP_BYTES: u64 = 1 << 20;
 
 /// The most bytes of a refusal's text that are read.
 const MAX_REFUSAL: usize = 1024;
@@ -157,6 +164,9 @@ pub enum StreamError {
     /// What came are no frames, or the stream ended in the middle.
     #[error(transparent)]
     Frame(#[from] FrameError),
+    /// The body is coded by what this node has not asked for.
+    #[error("the primary sent the stream in the coding {0:?}, which was not asked for")]
+    Coding(String),
     /// A name that no database can have.
     #[error("the primary sent a bad name: {0}")]
     Name(StoreError),
@@ -254,8 +264,10 @@ impl Receiver {
                 epoch,
             },
             ready: false,
+            group: None,
         };
-        let applier = task::blocking(move || applier.run(bytes));
+        let decoder = decoder(&response)?;
+        let applier = task::blocking(move || applier.run(bytes, decoder));
         let pumped = pump(response, feed, cancel).await;
         let applied = match timeout(JOIN_TIMEOUT, applier).await {
             Ok(joined) => joined.map_err(|_| StreamError::Panic)?,
@@ -299,7 +311,8 @@ impl Receiver {
             .map_err(|_| StreamError::Panic)?;
         let mut request = Request::post(url.clone())
             .version(Version::HTTP_2)
-            .header(NODE_ID_HEADER, format_node_id(self.store.node_id()));
+            .header(NODE_ID_HEADER, format_node_id(self.store.node_id()))
+            .header(ACCEPT_ENCODING, coding::ZSTD);
         if let Some(id) = self.store.cluster_id() {
             request = request.header(CLUSTER_ID_HEADER, id);
         }
@@ -410,6 +423,15 @@ struct Applier {
     progress: mpsc::Sender<Progress>,
     origin: Origin,
     ready: bool,
+    /// What was read and is still to be applied.
+    group: Option<Group>,
+}
+
+/// Transactions of one database that follow each other.
+struct Group {
+    name: String,
+    files: Vec<Arrived>,
+    bytes: u64,
 }
 
 /// Who sends.
@@ -456,85 +478,142 @@ impl Origin {
 }
 
 impl Applier {
-    fn run(mut self, bytes: mpsc::Receiver<Bytes>) -> Result<Ended, StreamError> {
+    fn run(
+        mut self,
+        bytes: mpsc::Receiver<Bytes>,
+        decoder: Option<Decoder>,
+    ) -> Result<Ended, StreamError> {
         let mut input = ChannelReader {
             bytes,
+            decoder,
             current: Bytes::new(),
             ended: false,
             waited: Duration::ZERO,
             came: 0,
             late: false,
         };
+        let ended = self.take_frames(&mut input);
+        // What had come whole before the stream broke off.
+        self.apply_group()?;
+        ended
+    }
+
+    fn take_frames(&mut self, input: &mut ChannelReader) -> Result<Ended, StreamError> {
         loop {
+            if !input.has_more() {
+                self.apply_group()?;
+            }
             input.begin();
-            match Frame::read(&mut input)? {
-                Frame::Ltx { name, .. } => self.apply(&name, &mut input)?,
-                Frame::Ready => {
-                    self.ready = true;
-                    let _ = self.progress.try_send(Progress::Ready(self.origin.epoch));
-                }
-                Frame::Heartbeat { timestamp } => {
-                    // Before `ready` there is no saying how far behind this node is.
-                    if self.ready {
-                        self.store.note_in_step(timestamp);
-                    }
-                }
-                Frame::DropDb { name } => self.note_unknown(&name),
+            match Frame::read(input)? {
+                Frame::Ltx { name, .. } => self.receive(&name, input)?,
                 // Log records above it are kept: this node may have to go on with the backup.
                 Frame::HighWaterMark { txid, name } => self.store.note_high_water(&name, txid),
-                Frame::Handoff { lease_id } => return Ok(Ended::Handoff(lease_id)),
-                Frame::End => return Ok(Ended::End),
+                frame => {
+                    self.apply_group()?;
+                    if let Some(ended) = self.take_frame(frame) {
+                        return Ok(ended);
+                    }
+                }
             }
         }
     }
 
-    /// Applies the LTX file that comes next.
-    fn apply(&mut self, name: &str, input: &mut ChannelReader) -> Result<(), StreamError> {
+    /// Takes a frame that carries no transaction; how the stream ends, if it does.
+    fn take_frame(&mut self, frame: Frame) -> Option<Ended> {
+        match frame {
+            Frame::Ready => {
+                self.ready = true;
+                let _ = self.progress.try_send(Progress::Ready(self.origin.epoch));
+            }
+            Frame::Heartbeat { timestamp } => {
+                // Before `ready` there is no saying how far behind this node is.
+                if self.ready {
+                    self.store.note_in_step(timestamp);
+                }
+            }
+            Frame::DropDb { name } => self.note_unknown(&name),
+            Frame::Handoff { lease_id } => return Some(Ended::Handoff(lease_id)),
+            Frame::End => return Some(Ended::End),
+            Frame::Ltx { .. } | Frame::HighWaterMark { .. } => {}
+        }
+        None
+    }
+
+    /// Reads the LTX file that comes next. It is applied before more is waited for.
+    fn receive(&mut self, name: &str, input: &mut ChannelReader) -> Result<(), StreamError> {
         check_database(name).map_err(StreamError::Name)?;
         let mut file = ChunkReader::new(input);
         if !self.databases.is_empty() && !self.databases.contains(name) {
             debug!(db = name, "skipped a database that was not asked for");
             return Ok(file.skip()?);
         }
-        let mut tap = Tap {
-            inner: &mut file,
-            head: Vec::with_capacity(HEADER_SIZE),
-        };
-        let origin = &self.origin;
-        let mut ask = |name: &str, history: &[Pos]| origin.common(name, history);
-        match self.store.receive(name, &mut tap, &mut ask) {
-            Ok(_) => {
-                let header = tap.header();
-                file.finish()?;
-                let mut memory = self.memory.lock();
-                memory.refused.remove(name);
-                memory.unknown.remove(name);
-                drop(memory);
-                // A snapshot is as old as its last transaction, which is no lag.
-                if let Some(header) = header.filter(|header| !header.is_snapshot()) {
-                    let lag = now_ms().saturating_sub(header.timestamp);
-                    self.stats.note_lag(name, lag.max(0));
-                }
-                Ok(())
-            }
-            Err(_) if input.late => Err(FrameError::Io(input.lateness()).into()),
+        let arrived = match self.store.read_arriving(name, &mut file) {
+            Ok(arrived) => arrived,
+            Err(_) if input.late => return Err(FrameError::Io(input.lateness()).into()),
             // The stream broke off inside the file: nothing is wrong with what was sent.
             Err(_) if input.ended => {
-                Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into())
+                return Err(FrameError::Io(io::ErrorKind::UnexpectedEof.into()).into());
             }
             Err(source) => {
-                // What is wrong here, a full disk for one, is not healed by a snapshot.
-                if !matches!(
-                    source,
-                    StoreError::Io { .. } | StoreError::LockTimeout { .. }
-                ) {
-                    self.note_refused(name);
-                }
-                Err(StreamError::Store {
-                    db: name.to_owned(),
-                    source,
-                })
+                self.apply_group()?;
+                return Err(self.refused(name, source));
             }
+        };
+        file.finish()?;
+        if self.group.as_ref().is_some_and(|group| group.name != name) {
+            self.apply_group()?;
+        }
+        let grouped = self.store.applies_in_groups(name, &arrived);
+        let group = self.group.get_or_insert_with(|| Group {
+            name: name.to_owned(),
+            files: Vec::new(),
+            bytes: 0,
+        });
+        group.bytes += arrived.size();
+        group.files.push(arrived);
+        if !grouped || group.files.len() >= GROUP_FILES || group.bytes >= GROUP_BYTES {
+            self.apply_group()?;
+        }
+        Ok(())
+    }
+
+    /// Applies what was read.
+    fn apply_group(&mut self) -> Result<(), StreamError> {
+        let Some(Group { name, files, .. }) = self.group.take() else {
+            return Ok(());
+        };
+        // A snapshot is as old as its last transaction, which is no lag.
+        let mut headers = files.iter().map(Arrived::header);
+        let made = headers.rfind(|header| !header.is_snapshot());
+        let made = made.map(|header| header.timestamp);
+        let origin = &self.origin;
+        let mut ask = |name: &str, history: &[Pos]| origin.common(name, history);
+        if let Err(source) = self.store.receive_all(&name, files, &mut ask) {
+            return Err(self.refused(&name, source));
+        }
+        let mut memory = self.memory.lock();
+        memory.refused.remove(&name);
+        memory.unknown.remove(&name);
+        drop(memory);
+        if let Some(made) = made {
+            self.stats
+                .note_lag(&name, now_ms().saturating_sub(made).max(0));
+        }
+        Ok(())
+    }
+
+    /// The error for what the store did not take.
+    fn refused(&self, name: &str, source: StoreError) -> StreamError {
+        // What is wrong here, a full disk for one, is not healed by a snapshot.
+        if !matches!(
+            source,
+            StoreError::Io { .. } | StoreError::LockTimeout { .. }
+        ) {
+            self.note_refused(name);
+        }
+        StreamError::Store {
+            db: name.to_owned(),
+            source,
         }
     }
 
@@ -566,30 +645,11 @@ impl Applier {
     }
 }
 
-/// Keeps the head of an LTX file that is read through it.
-struct Tap<R: Read> {
-    inner: R,
-    head: Vec<u8>,
-}
-
-impl<R: Read> Tap<R> {
-    fn header(&self) -> Option<Header> {
-        Header::decode(self.head.first_chunk()?).ok()
-    }
-}
-
-impl<R: Read> Read for Tap<R> {
-    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buf)?;
-        let missing = HEADER_SIZE - self.head.len();
-        self.head.extend_from_slice(&buf[..n.min(missing)]);
-        Ok(n)
-    }
-}
-
 /// The bytes of the channel as a reader; the end of the channel is the end of the file.
 struct ChannelReader {
     bytes: mpsc::Receiver<Bytes>,
+    /// What the bytes are coded by, if they are.
+    decoder: Option<Decoder>,
     current: Bytes,
     /// The channel has ended.
     ended: bool,
@@ -602,6 +662,12 @@ struct ChannelReader {
 }
 
 impl ChannelReader {
+    /// Whether bytes are there already.
+    fn has_more(&self) -> bool {
+        let decodable = self.decoder.as_ref().is_some_and(Decoder::has_more);
+        !self.current.is_empty() || decodable || !self.bytes.is_empty()
+    }
+
     /// A frame begins.
     fn begin(&mut self) {
         (self.waited, self.came) = (Duration::ZERO, 0);
@@ -633,9 +699,16 @@ impl ChannelReader {
 impl Read for ChannelReader {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         while self.current.is_empty() {
-            match self.next()? {
-                Some(bytes) => self.current = bytes,
-                None => {
+            if let Some(decoder) = &mut self.decoder
+                && decoder.has_more()
+            {
+                self.current = decoder.decode()?;
+                continue;
+            }
+            match (self.next()?, &mut self.decoder) {
+                (Some(bytes), Some(decoder)) => decoder.add(bytes),
+                (Some(bytes), None) => self.current = bytes,
+                (None, _) => {
                     self.ended = true;
                     return Ok(0);
                 }
@@ -644,6 +717,17 @@ impl Read for ChannelReader {
         let n = buf.len().min(self.current.len());
         self.current.copy_to_slice(&mut buf[..n]);
         Ok(n)
+    }
+}
+
+/// What the answer's body is coded by, if it is.
+fn decoder(response: &Response<Incoming>) -> Result<Option<Decoder>, StreamError> {
+    match header(response, CONTENT_ENCODING.as_str()) {
+        None => Ok(None),
+        Some(coding::ZSTD) => Decoder::new()
+            .map(Some)
+            .map_err(|e| FrameError::Io(e).into()),
+        Some(other) => Err(StreamError::Coding(other.to_owned())),
     }
 }
 

@@ -90,6 +90,8 @@ pub struct Replica {
     pub positions: PosMap,
     /// The databases that it wants; all if empty.
     pub filter: BTreeSet<String>,
+    /// It takes the stream compressed ([`super::coding`]).
+    pub coded: bool,
 }
 
 /// Why a stream ended before its time.
@@ -158,6 +160,7 @@ pub async fn run(
         stats: &stats,
         positions: replica.positions,
         filter: replica.filter,
+        coded: replica.coded,
         failed: BTreeSet::new(),
         limits,
         out,
@@ -185,6 +188,9 @@ struct Sender<'a> {
     /// Where the replica is once it has applied all that was sent.
     positions: PosMap,
     filter: BTreeSet<String>,
+    /// The stream is compressed: transactions go into it as they are, so that it finds in one what
+    /// the one before had.
+    coded: bool,
     /// Databases whose failure was logged.
     failed: BTreeSet<String>,
     limits: Limits,
@@ -314,8 +320,9 @@ impl Sender<'_> {
         loop {
             let from = self.positions.get(name).copied().unwrap_or_default();
             let reader = Arc::clone(&db);
+            let coded = self.coded;
             let batch = self
-                .off_thread(name, move || read_batch(&reader, from))
+                .off_thread(name, move || read_batch(&reader, from, coded))
                 .await?;
             match batch {
                 Batch::UpToDate => return Ok(()),
@@ -378,7 +385,10 @@ impl Sender<'_> {
     /// Sends the whole database as of its position now, read by a thread of its own.
     async fn send_snapshot(&mut self, name: &str, db: &Arc<Database>) -> Result<(), SendError> {
         let reader = Arc::clone(db);
-        let snapshot = self.off_thread(name, move || reader.snapshot()).await?;
+        let mut snapshot = self.off_thread(name, move || reader.snapshot()).await?;
+        if self.coded {
+            snapshot.without_lz4();
+        }
         let write = move |w: &mut dyn Write| {
             let mut snapshot = snapshot;
             // It is released before its last piece waits for a slow replica.
@@ -477,13 +487,17 @@ enum Batch {
     Snapshot,
 }
 
-/// Reads the records that follow `from`, as many as make a good batch. Blocks on the disk.
-fn read_batch(db: &Database, mut from: Pos) -> Result<Batch, StoreError> {
+/// Reads the records that follow `from`, as many as make a good batch; `plain`: their pages without
+/// LZ4. Blocks on the disk.
+fn read_batch(db: &Database, mut from: Pos, plain: bool) -> Result<Batch, StoreError> {
     let mut records = Vec::new();
     let mut bytes = 0;
     while bytes < BATCH_BYTES && records.len() < BATCH_RECORDS {
         match db.record_after(from)? {
-            Next::Record(record) => {
+            Next::Record(mut record) => {
+                if plain {
+                    record.bytes = db.without_lz4(record.bytes)?;
+                }
                 bytes += record.bytes.len();
                 from = Pos {
                     txid: record.max_txid,

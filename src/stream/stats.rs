@@ -1,7 +1,7 @@
 //! What the streams of a node count, for `/metrics`.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
 use parking_lot::Mutex;
 
@@ -31,6 +31,8 @@ pub struct Stats {
     readers: AtomicI64,
     sent: Mutex<BTreeMap<(String, SentKind), u64>>,
     lags: Mutex<BTreeMap<String, i64>>,
+    plain_bytes: AtomicU64,
+    sent_bytes: AtomicU64,
 }
 
 /// One more in a gauge for as long as it lives.
@@ -78,6 +80,18 @@ impl Stats {
     /// LTX frames sent since the start, by database and kind.
     pub fn sent(&self) -> BTreeMap<(String, SentKind), u64> {
         self.sent.lock().clone()
+    }
+
+    /// Counts bytes of streams: how many there were to be sent, and as how many they were.
+    pub fn count_bytes(&self, plain: usize, sent: usize) {
+        self.plain_bytes.fetch_add(plain as u64, Ordering::Relaxed);
+        self.sent_bytes.fetch_add(sent as u64, Ordering::Relaxed);
+    }
+
+    /// Bytes of streams since the start: before their compression, and as they were sent.
+    pub fn bytes(&self) -> (u64, u64) {
+        let load = |n: &AtomicU64| n.load(Ordering::Relaxed);
+        (load(&self.plain_bytes), load(&self.sent_bytes))
     }
 
     /// Notes how long ago, in milliseconds, the transaction that was just applied had been made.

@@ -374,6 +374,7 @@ fn empty_replica() -> Replica {
         id: "r".into(),
         positions: PosMap::new(),
         filter: Default::default(),
+        coded: false,
     }
 }
 

@@ -14,10 +14,12 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+mod pool;
 mod real;
 #[cfg(test)]
 pub(crate) mod sim;
 
+pub use pool::Pool;
 pub use real::Real;
 
 /// An open file; clones are the same one.
@@ -76,6 +78,10 @@ pub trait DiskFile: fmt::Debug + Send + Sync + AsFd {
     fn sync_data(&self) -> io::Result<()>;
     /// Makes the bytes and the attributes durable; of a directory, its names.
     fn sync_all(&self) -> io::Result<()>;
+    /// Has the system begin to make a range durable, where it can: a sync that follows takes less time.
+    fn begin_sync(&self, offset: u64, len: usize);
+    /// Has the system forget what it keeps of a range in memory, where it can.
+    fn forget_cached(&self, offset: u64, len: usize);
     /// Size, times and space.
     fn metadata(&self) -> io::Result<Metadata>;
 }

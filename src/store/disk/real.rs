@@ -111,4 +111,21 @@ impl DiskFile for fs::File {
     fn metadata(&self) -> io::Result<Metadata> {
         self.metadata()
     }
+
+    fn begin_sync(&self, offset: u64, len: usize) {
+        let (fd, how) = (self.as_raw_fd(), libc::SYNC_FILE_RANGE_WRITE);
+        // SAFETY: numbers, and a descriptor that lives through the call. A failure costs nothing:
+        // what could not be written is told to the sync that follows.
+        unsafe {
+            libc::sync_file_range(fd, offset as libc::off64_t, len as libc::off64_t, how);
+        }
+    }
+
+    fn forget_cached(&self, offset: u64, len: usize) {
+        let (offset, len) = (offset as libc::off_t, len as libc::off_t);
+        // SAFETY: numbers, and a descriptor that lives through the call. A failure costs nothing.
+        unsafe {
+            libc::posix_fadvise(self.as_raw_fd(), offset, len, libc::POSIX_FADV_DONTNEED);
+        }
+    }
 }

@@ -144,6 +144,12 @@ impl DiskFile for SimFile {
         self.sync()
     }
 
+    fn begin_sync(&self, _offset: u64, _len: usize) {}
+
+    fn forget_cached(&self, offset: u64, len: usize) {
+        self.real.forget_cached(offset, len);
+    }
+
     fn metadata(&self) -> io::Result<Metadata> {
         self.sim.check_alive()?;
         self.real.metadata()
