@@ -506,6 +506,8 @@ impl Database {
     /// has to open it anew, without what it has cached. Under the exclusive lock.
     fn renew_file(&self, st: &mut State) -> Result<(), StoreError> {
         let old = st.database_file(&self.name)?;
+        self.unwatch(st);
+        st.lane = None;
         old.replace();
         self.adopt_file(st, FileKind::Database, old.file.clone());
         tracing::info!(
