@@ -28,6 +28,8 @@ const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// compete with it for the processors.
 pub struct Cluster {
     program: PathBuf,
+    /// `fuse.wal-capture`.
+    capture: String,
     work: PathBuf,
     /// Dropped before the primary, so that it does not log the loss of its primary.
     replica: Option<Node>,
@@ -37,7 +39,7 @@ pub struct Cluster {
 
 impl Cluster {
     /// Starts the primary in a directory below `work`, and waits until it is mounted and answers.
-    pub fn start(work: &Path, tenure: Option<&Path>) -> Result<Cluster> {
+    pub fn start(work: &Path, tenure: Option<&Path>, capture: &str) -> Result<Cluster> {
         let program = match tenure {
             Some(path) => path.to_path_buf(),
             None => std::env::current_exe()?.with_file_name("tenure"),
@@ -50,9 +52,10 @@ impl Cluster {
             .into());
         }
         let http = free_address()?;
-        let primary = Node::start(&program, work, "primary", &http, &http)?;
+        let primary = Node::start(&program, work, "primary", &http, &http, capture)?;
         Ok(Cluster {
             program,
+            capture: capture.to_owned(),
             work: work.to_owned(),
             replica: None,
             primary,
@@ -69,6 +72,7 @@ impl Cluster {
                 "replica",
                 &http,
                 primary,
+                &self.capture,
             )?);
         }
         self.replica
@@ -85,7 +89,14 @@ pub struct Node {
 }
 
 impl Node {
-    fn start(program: &Path, work: &Path, name: &str, http: &str, primary: &str) -> Result<Node> {
+    fn start(
+        program: &Path,
+        work: &Path,
+        name: &str,
+        http: &str,
+        primary: &str,
+        capture: &str,
+    ) -> Result<Node> {
         let dir = work.canonicalize()?.join(name);
         let (mount, data) = (dir.join("mnt"), dir.join("data"));
         std::fs::create_dir_all(&mount)?;
@@ -95,7 +106,7 @@ impl Node {
         std::fs::write(
             &config,
             format!(
-                "fuse:\n  dir: {mount:?}\ndata:\n  dir: {data:?}\nhttp:\n  addr: \"{http}\"\n\
+                "fuse:\n  dir: {mount:?}\n  wal-capture: {capture}\ndata:\n  dir: {data:?}\nhttp:\n  addr: \"{http}\"\n\
                  lease:\n  type: static\n  hostname: primary\n  advertise-url: \"http://{primary}\"\n  \
                  candidate: {candidate}\n"
             ),
