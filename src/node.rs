@@ -24,7 +24,7 @@ use tokio::time::timeout;
 use crate::access::{AccessError, Keeper, Keys};
 use crate::backup::file::FileBackup;
 use crate::backup::{self, BackupClient, BackupError};
-use crate::config::{Config, LeaseKind, http_host};
+use crate::config::{Config, LeaseKind, WalCapture, http_host};
 use crate::fuse::{Mount, MountError, MountOptions, Observers, PrimaryName};
 use crate::http::api::Api;
 use crate::http::door;
@@ -165,6 +165,7 @@ fn store_options(config: &Config) -> StoreOptions {
         compress: config.data.compress,
         retention: config.data.retention,
         strict_verify: config.strict_verify,
+        follow_wal: config.fuse.wal_capture == WalCapture::Tail,
         ..StoreOptions::new(&config.data.dir)
     }
 }

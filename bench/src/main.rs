@@ -70,6 +70,9 @@ struct Options {
     /// The tenure program that --start starts (default: beside this program)
     #[arg(long)]
     tenure: Option<PathBuf>,
+    /// `fuse.wal-capture` of the nodes that are started: gate or tail
+    #[arg(long, default_value = "gate")]
+    wal_capture: String,
     /// Where temporary directories are made: plain and mounted data share its disk
     #[arg(long, default_value = ".")]
     work: PathBuf,
@@ -145,7 +148,11 @@ fn run(options: &Options) -> Result<()> {
         .map_err(|e| format!("make a directory in {}: {e}", options.work.display()))?;
     let mut started = match &options.mount {
         Some(_) => None,
-        None => Some(Cluster::start(work.path(), options.tenure.as_deref())?),
+        None => Some(Cluster::start(
+            work.path(),
+            options.tenure.as_deref(),
+            &options.wal_capture,
+        )?),
     };
     let primary = started.as_ref().map(|cluster| &cluster.primary);
     let mount = options

@@ -36,8 +36,8 @@ pub struct Cluster {
 
 impl Cluster {
     /// Starts the primary in a directory below `work`, and waits until it is mounted and answers.
-    pub fn start(work: &Path, tenure: Option<&Path>) -> Result<Cluster> {
-        let [primary, replica_site] = sites(work, tenure)?;
+    pub fn start(work: &Path, tenure: Option<&Path>, capture: &str) -> Result<Cluster> {
+        let [primary, replica_site] = sites(work, tenure, capture)?;
         Ok(Cluster {
             replica_site,
             replica: None,
@@ -57,11 +57,11 @@ impl Cluster {
 }
 
 /// Where a primary and a replica of it are to run, with their configurations; nothing is started.
-pub fn sites(work: &Path, tenure: Option<&Path>) -> Result<[Site; 2]> {
+pub fn sites(work: &Path, tenure: Option<&Path>, capture: &str) -> Result<[Site; 2]> {
     let program = program(tenure)?;
     let (http, other) = (free_address()?, free_address()?);
-    let primary = Site::make(&program, work, "primary", &http, &http)?;
-    let replica = Site::make(&program, work, "replica", &other, &http)?;
+    let primary = Site::make(&program, work, "primary", (&http, &http), capture)?;
+    let replica = Site::make(&program, work, "replica", (&other, &http), capture)?;
     Ok([primary, replica])
 }
 
@@ -89,7 +89,13 @@ pub struct Site {
 }
 
 impl Site {
-    fn make(program: &Path, work: &Path, name: &str, http: &str, primary: &str) -> Result<Site> {
+    fn make(
+        program: &Path,
+        work: &Path,
+        name: &str,
+        (http, primary): (&str, &str),
+        capture: &str,
+    ) -> Result<Site> {
         let dir = work.canonicalize()?.join(name);
         let site = Site {
             program: program.to_owned(),
@@ -103,7 +109,7 @@ impl Site {
         std::fs::write(
             site.config(),
             format!(
-                "fuse:\n  dir: {mount:?}\ndata:\n  dir: {data:?}\nhttp:\n  addr: \"{http}\"\n\
+                "fuse:\n  dir: {mount:?}\n  wal-capture: {capture}\ndata:\n  dir: {data:?}\nhttp:\n  addr: \"{http}\"\n\
                  lease:\n  type: static\n  hostname: primary\n  advertise-url: \"http://{primary}\"\n  \
                  candidate: {candidate}\n"
             ),

@@ -20,7 +20,7 @@ mod yaml;
 pub use model::{
     BackupConfig, ClientAuth, Config, ConsulConfig, DataConfig, EtcdConfig, ExecConfig, FuseConfig,
     HttpAuth, HttpConfig, HttpTls, LeaseConfig, LeaseKind, LogConfig, LogFormat, ProxyConfig,
-    ProxyForward, Right, Secret, TlsConfig, TokenConfig, TokenSource, TracingConfig,
+    ProxyForward, Right, Secret, TlsConfig, TokenConfig, TokenSource, TracingConfig, WalCapture,
 };
 pub use validate::{http_host, split_addr};
 

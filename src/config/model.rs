@@ -48,6 +48,18 @@ pub struct FuseConfig {
     pub allow_other: bool,
     /// Whether each FUSE request is logged. Default false.
     pub debug: bool,
+    /// How transactions in WAL mode are captured. Default gate. LiteFS does not have it.
+    pub wal_capture: WalCapture,
+}
+
+/// `fuse.wal-capture`: where transactions in WAL mode are captured.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WalCapture {
+    /// In the request that commits them.
+    #[default]
+    Gate,
+    /// Behind the writers, which write past the node.
+    Tail,
 }
 
 /// `data`: the data directory.
@@ -370,6 +382,7 @@ impl Default for Config {
                 dir: "/litefs".into(),
                 allow_other: false,
                 debug: false,
+                wal_capture: WalCapture::Gate,
             },
             data: DataConfig {
                 dir: "/var/lib/litefs".into(),

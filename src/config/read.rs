@@ -23,6 +23,7 @@ pub fn config(mut root: Section) -> Result<Config> {
         s.set("dir", &mut c.fuse.dir)?;
         s.set("allow-other", &mut c.fuse.allow_other)?;
         s.set("debug", &mut c.fuse.debug)?;
+        s.set("wal-capture", &mut c.fuse.wal_capture)?;
         s.finish()?;
     }
     if let Some(mut s) = root.section("data")? {

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::model::{ClientAuth, LeaseKind, LogFormat, ProxyForward, Right, Secret};
+use super::model::{ClientAuth, LeaseKind, LogFormat, ProxyForward, Right, Secret, WalCapture};
 use super::yaml::{Key, Node, Value};
 use super::{ConfigError, duration};
 
@@ -200,6 +200,16 @@ impl FromNode for u64 {
 impl FromNode for Duration {
     fn from_node(node: &Node) -> Result<Self, String> {
         duration::parse(text(node)?)
+    }
+}
+
+impl FromNode for WalCapture {
+    fn from_node(node: &Node) -> Result<Self, String> {
+        match text(node)? {
+            "gate" => Ok(Self::Gate),
+            "tail" => Ok(Self::Tail),
+            other => Err(format!("must be gate or tail, not \"{other}\"")),
+        }
     }
 }
 

@@ -57,7 +57,7 @@ fn an_empty_file_is_a_single_static_primary() {
 fn every_key_is_read() {
     let c = parse(
         "
-fuse: {dir: /m, allow-other: true, debug: yes}
+fuse: {dir: /m, allow-other: true, debug: yes, wal-capture: tail}
 data: {dir: /d, compress: false, retention: 1h, retention-monitor-interval: 0, scrub-interval: 12h, scrub-rate: 20}
 exec:
   - cmd: migrate up
@@ -117,6 +117,7 @@ tracing: {enabled: false, path: /t, max-size: 1, max-count: 2, compress: false}
             dir: "/m".into(),
             allow_other: true,
             debug: true,
+            wal_capture: WalCapture::Tail,
         },
         data: DataConfig {
             dir: "/d".into(),
@@ -285,6 +286,10 @@ fn mistakes_are_named_with_file_line_and_key() {
         (
             "fuse: {dir: [a]}",
             "t.yml:1: fuse.dir: must be a single value",
+        ),
+        (
+            "fuse: {wal-capture: fast}",
+            "fuse.wal-capture: must be gate or tail, not \"fast\"",
         ),
         ("fuse: {dir: ''}", "fuse.dir: must not be empty"),
         (

@@ -2,17 +2,17 @@
 
 use std::ffi::OsStr;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use fuser::*;
 
 use crate::store::{Done, FileKind, Name, StoreError};
 
 use super::attr::{self, FOR_EVER};
-use super::handles::{self, SQLITE, UNCACHED};
+use super::handles::UNCACHED;
 use super::nodes::{Node, ROOT};
 use super::observe::About;
 use super::tenure_fs::{MAX_READ, TenureFs, answer, errno, on_a_thread};
@@ -31,6 +31,7 @@ impl Filesystem for TenureFs {
             let _ = config.set_max_stack_depth(2);
             self.passthrough.store(true, Ordering::Release);
         }
+        self.decide_lanes();
         Ok(())
     }
 
@@ -152,7 +153,7 @@ impl Filesystem for TenureFs {
         }
     }
 
-    fn open(&self, _req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
+    fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("open", About::Ino(ino), reply);
         let Some(node) = self.nodes.get(ino.0) else {
@@ -161,24 +162,24 @@ impl Filesystem for TenureFs {
         if let Err(e) = self.may_open(&node, flags.0) {
             return reply.error(e);
         }
-        match self.copy_handle(&node, flags.0, false) {
-            Ok(0) => {}
-            // Not cached, or others would see what is not imported yet.
-            Ok(fh) => return reply.opened(FileHandle(fh), FopenFlags::FOPEN_DIRECT_IO),
+        let copy = match self.copy_handle(&node, flags.0, false) {
+            Ok(copy) => FileHandle(copy),
             Err(e) => return reply.error(e),
-        }
-        match self.backing(&node, |f| reply.reply().open_backing(f)) {
-            Some(id) => reply.opened_passthrough(SQLITE, FopenFlags::FOPEN_NOFLUSH, &id),
-            None => {
-                let (fh, flags) = handles::of(&node, flags.0);
-                reply.opened(fh, flags);
+        };
+        let open_backing = |f: BorrowedFd<'_>| reply.reply().open_backing(f);
+        match self.open_way(&node, flags.0, req.pid(), copy, open_backing) {
+            Ok((fh, flags, Some(id))) => reply.opened_passthrough(fh, flags, &id),
+            Ok((fh, flags, None)) => reply.opened(fh, flags),
+            Err(e) => {
+                self.copies.end(copy.0);
+                reply.error(e);
             }
         }
     }
 
     fn create(
         &self,
-        _req: &Request,
+        req: &Request,
         parent: INodeNo,
         name: &OsStr,
         _mode: u32,
@@ -210,27 +211,19 @@ impl Filesystem for TenureFs {
                 return reply.error(e);
             }
         };
-        if copy != 0 {
-            return reply.created(
-                &attr::ttl(&node),
-                &a,
-                Generation(0),
-                FileHandle(copy),
-                FopenFlags::FOPEN_DIRECT_IO,
-            );
-        }
-        match self.backing(&node, |f| reply.reply().open_backing(f)) {
-            Some(id) => reply.created_passthrough(
-                &Duration::ZERO,
-                &a,
-                Generation(0),
-                SQLITE,
-                FopenFlags::FOPEN_NOFLUSH,
-                &id,
-            ),
-            None => {
-                let (fh, flags) = handles::of(&node, flags);
+        let copy = FileHandle(copy);
+        let open_backing = |f: BorrowedFd<'_>| reply.reply().open_backing(f);
+        match self.open_way(&node, flags, req.pid(), copy, open_backing) {
+            Ok((fh, flags, Some(id))) => {
+                reply.created_passthrough(&attr::ttl(&node), &a, Generation(0), fh, flags, &id)
+            }
+            Ok((fh, flags, None)) => {
                 reply.created(&attr::ttl(&node), &a, Generation(0), fh, flags);
+            }
+            Err(e) => {
+                self.copies.end(copy.0);
+                self.nodes.forget(node.ino(), 1);
+                reply.error(e);
             }
         }
     }
@@ -265,7 +258,9 @@ impl Filesystem for TenureFs {
                 let n = j.read(offset, buf);
                 reply.data(&buf[..n]);
             }),
-            Node::Pos(db) => Self::read_made_up(&attr::pos_text(db.pos()), offset, size, reply),
+            Node::Pos(db) => {
+                Self::read_made_up(&attr::pos_text(db.newest_pos()), offset, size, reply)
+            }
             Node::Lag => Self::read_made_up(&attr::lag_text(&self.store), offset, size, reply),
             Node::Primary => Self::read_made_up(
                 &attr::primary_text(&self.store).unwrap_or_default(),
@@ -377,13 +372,19 @@ impl Filesystem for TenureFs {
         let _turn = self.crew.turn();
         let reply = self.watch.reads("release", About::Ino(ino), reply);
         reply.ok();
+        let node = self.nodes.get(ino.0);
+        if let Some(Node::File(f)) = &node
+            && matches!(f.file.kind, FileKind::Database | FileKind::Wal)
+        {
+            f.db.close_handle(&f.file);
+        }
         if let Some(copy) = self.copies.end(fh.0) {
             if !copy.is_done() {
                 on_a_thread(move || copy.close());
             }
             return;
         }
-        if let Some(Node::File(f)) = self.nodes.get(ino.0) {
+        if let Some(Node::File(f)) = node {
             if flags.0 & libc::O_ACCMODE == libc::O_WRONLY {
                 f.file.end_copy();
             }

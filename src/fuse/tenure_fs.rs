@@ -10,11 +10,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use fuser::*;
 use parking_lot::Mutex;
 
-use crate::store::{CopiedFile, Database, DbFile, FileKind, Name, Role, Store, StoreError};
+use crate::store::{CopiedFile, Database, DbFile, FileKind, Name, Role, Store, StoreError, Way};
 
 use super::attr::{self};
 use super::copies::Copies;
 use super::crew::Crew;
+use super::handles::{self, SQLITE};
 use super::nodes::{FileNode, Node, Nodes};
 use super::observe::{Answer, Observers, Watch};
 
@@ -34,6 +35,8 @@ pub(super) struct TenureFs {
     pub(super) copies: Copies,
     /// Whether WAL indexes are passed through to their backing files.
     pub(super) passthrough: AtomicBool,
+    /// Whether databases may be, and their WALs.
+    pub(super) lanes: AtomicBool,
 }
 
 pub(super) fn errno(e: &StoreError) -> Errno {
@@ -50,6 +53,7 @@ impl TenureFs {
             crew,
             copies: Copies::default(),
             passthrough: AtomicBool::new(false),
+            lanes: AtomicBool::new(false),
         }
     }
 
@@ -177,27 +181,98 @@ impl TenureFs {
         self.copies.begin(copy).ok_or(Errno::EMFILE)
     }
 
-    /// The kernel's handle of a WAL index's backing file, if they are passed through.
-    pub(super) fn backing(
+    /// Databases are passed through if that is wanted, and can be done.
+    pub(super) fn decide_lanes(&self) {
+        if !self.store.passes_through() {
+            return;
+        }
+        let problem = match self.passthrough.load(Ordering::Acquire) {
+            true => self.store.cannot_pass_through(),
+            false => Some(
+                "the kernel (Linux 6.9 and later) passes files through for root alone".to_owned(),
+            ),
+        };
+        match problem {
+            None => self.lanes.store(true, Ordering::Release),
+            Some(problem) => {
+                tracing::warn!("fuse.wal-capture: tail cannot be had, it is gate: {problem}");
+            }
+        }
+    }
+
+    /// Counts a handle that is opened, and says what it is and how the kernel is to treat it. `copy`
+    /// is the handle of a copy, if it is one. `open` makes the kernel's handle of the backing file, if
+    /// the file is passed through.
+    pub(super) fn open_way(
         &self,
         node: &Node,
+        flags: i32,
+        caller: u32,
+        copy: FileHandle,
         open: impl FnOnce(BorrowedFd<'_>) -> io::Result<BackingId>,
-    ) -> Option<Arc<BackingId>> {
-        let Node::File(f) = node else { return None };
-        if f.file.kind != FileKind::Shm || !self.passthrough.load(Ordering::Acquire) {
-            return None;
-        }
-        let mut backing = f.backing.lock();
-        if backing.is_none() {
-            match open(f.file.file.as_fd()) {
-                Ok(id) => *backing = Some(Arc::new(id)),
+    ) -> Result<(FileHandle, FopenFlags, Option<Arc<BackingId>>), Errno> {
+        let (fh, by_requests) = match copy.0 {
+            0 => handles::of(node, flags),
+            // Not cached, or others would see what is not imported yet, and flushed.
+            _ => (copy, FopenFlags::FOPEN_DIRECT_IO),
+        };
+        let Node::File(f) = node else {
+            return Ok((fh, by_requests, None));
+        };
+        let writes_only = flags & libc::O_ACCMODE == libc::O_WRONLY;
+        match f.file.kind {
+            FileKind::Journal => Ok((fh, by_requests, None)),
+            FileKind::Shm if !self.passthrough.load(Ordering::Acquire) => {
+                Ok((fh, by_requests, None))
+            }
+            FileKind::Shm => match Self::backing(f, open) {
+                Ok(id) => Ok((SQLITE, FopenFlags::FOPEN_NOFLUSH, Some(id))),
                 Err(e) => {
                     tracing::info!(error = %e, "WAL indexes are not passed through: reads in WAL mode cost a little more");
                     self.passthrough.store(false, Ordering::Release);
+                    Ok((fh, by_requests, None))
+                }
+            },
+            FileKind::Database | FileKind::Wal => {
+                let may_begin =
+                    self.lanes.load(Ordering::Acquire) && !writes_only && !is_own_thread(caller);
+                match f.db.open_handle(&f.file, may_begin) {
+                    Way::Requests { stale: false } => Ok((fh, by_requests, None)),
+                    Way::Requests { stale: true } => {
+                        Ok((fh, by_requests - FopenFlags::FOPEN_KEEP_CACHE, None))
+                    }
+                    Way::Through => {
+                        let id = Self::backing(f, open).map_err(|e| {
+                            tracing::warn!(error = %e, "databases are not passed through any more: their writes take longer");
+                            self.lanes.store(false, Ordering::Release);
+                            f.db.close_handle(&f.file);
+                            Errno::EIO
+                        })?;
+                        // Copies come by requests all the same.
+                        let flags = match (copy.0, writes_only) {
+                            (0, false) => FopenFlags::FOPEN_NOFLUSH,
+                            (0, true) => FopenFlags::FOPEN_NOFLUSH | FopenFlags::FOPEN_DIRECT_IO,
+                            _ => FopenFlags::FOPEN_DIRECT_IO,
+                        };
+                        Ok((copy, flags, Some(id)))
+                    }
                 }
             }
         }
-        backing.clone()
+    }
+
+    /// The kernel's handle of a file's backing file: one for all that have it open.
+    fn backing(
+        f: &FileNode,
+        open: impl FnOnce(BorrowedFd<'_>) -> io::Result<BackingId>,
+    ) -> io::Result<Arc<BackingId>> {
+        let mut backing = f.backing.lock();
+        if let Some(id) = &*backing {
+            return Ok(id.clone());
+        }
+        let id = Arc::new(open(f.file.file.as_fd())?);
+        *backing = Some(id.clone());
+        Ok(id)
     }
 
     /// An answer to a write that went past the kernel's cache: given once the cache holds nothing of
@@ -260,6 +335,11 @@ impl TenureFs {
             read(&mut b[..size]);
         });
     }
+}
+
+/// Whether it is one of this process's.
+fn is_own_thread(thread: u32) -> bool {
+    std::path::Path::new(&format!("/proc/self/task/{thread}")).exists()
 }
 
 pub(super) fn answer(

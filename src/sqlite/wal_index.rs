@@ -33,6 +33,13 @@ pub const READ_MARKS: usize = 5;
 /// The value of a read mark that no reader uses.
 pub const READ_MARK_UNUSED: u32 = u32::MAX;
 
+/// Size in bytes of a copy of the header; the file begins with two of them.
+pub const HEADER_COPY_SIZE: usize = COPY_WORDS * 4;
+/// Where the number of frames that checkpoints have copied is in the file, a word of 32 bits.
+pub const N_BACKFILL_OFFSET: u64 = BACKFILL_WORD as u64 * 4;
+/// The same of the number of frames that checkpoints may have copied.
+pub const N_BACKFILL_ATTEMPTED_OFFSET: u64 = BACKFILL_ATTEMPTED_WORD as u64 * 4;
+
 /// The one version of the format.
 const VERSION: u32 = 3_007_000;
 /// Words of 32 bits in a copy of the header, of which the last two are its checksum.
@@ -76,6 +83,48 @@ pub struct IndexHeader {
 }
 
 impl IndexHeader {
+    /// What the two copies at the beginning of the file say, read in this order; `None` if they
+    /// differ, are not initialized or wrong in any field.
+    #[must_use]
+    pub fn of_copies(
+        first: &[u8; HEADER_COPY_SIZE],
+        second: &[u8; HEADER_COPY_SIZE],
+    ) -> Option<IndexHeader> {
+        let (words, _) = first.as_chunks::<4>();
+        let words = std::array::from_fn(|i| u32::from_ne_bytes(words[i]));
+        (first == second)
+            .then(|| IndexHeader::decode(&words))
+            .flatten()
+    }
+
+    /// A copy of a header that is whole, and of a version that no SQLite knows: whoever begins a
+    /// transaction by it is told that the database cannot be opened, and recovers nothing.
+    #[must_use]
+    pub fn closed() -> [u8; HEADER_COPY_SIZE] {
+        let mut words = IndexHeader {
+            change: u32::MAX,
+            is_init: true,
+            big_endian_checksum: false,
+            page_size: 4096,
+            mx_frame: 0,
+            page_count: 0,
+            frame_checksum: WalChecksum::default(),
+            salt1: 0,
+            salt2: 0,
+        }
+        .encode();
+        words[0] = VERSION + 1;
+        let WalChecksum(sum1, sum2) = checksum_of(&words);
+        words[COPY_WORDS - 2] = sum1;
+        words[COPY_WORDS - 1] = sum2;
+        let mut bytes = [0; HEADER_COPY_SIZE];
+        let (chunks, _) = bytes.as_chunks_mut::<4>();
+        for (chunk, word) in chunks.iter_mut().zip(words) {
+            *chunk = word.to_ne_bytes();
+        }
+        bytes
+    }
+
     /// The words of a copy of the header, checksum included.
     fn encode(&self) -> [u32; COPY_WORDS] {
         // 65,536 does not fit in its 16 bits and is stored as 1.

@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::ltx::Pos;
 
@@ -75,6 +75,7 @@ impl Database {
 
     /// `again`: also if the position is saved already.
     fn save_checkpoint(self: &Arc<Self>, again: bool) -> Result<(), StoreError> {
+        self.catch_up()?;
         let _one = task::lock(&self.checkpointing);
         let (changes, header, file) = {
             let mut st = self.lock();
@@ -160,8 +161,9 @@ impl Database {
 
     /// The clean end: everything in the database file, checksums saved, and the last transaction
     /// left as an LTX file for LiteFS, should it be started on this directory.
-    pub(super) fn close(self: &Arc<Self>) -> Result<(), StoreError> {
+    pub(super) fn close(self: &Arc<Self>, readers_until: Instant) -> Result<(), StoreError> {
         self.release_locks();
+        self.leave_lane(readers_until)?;
         self.log().flush_wait()?;
         {
             let mut st = self.lock();

@@ -23,6 +23,7 @@ use super::forward::Primary;
 use super::front::Front;
 use super::gate::Gate;
 use super::index::WRITER_WAIT;
+use super::lane::Follower;
 use super::lives::Lives;
 
 /// Settings of a store.
@@ -36,6 +37,8 @@ pub struct Options {
     pub retention: Duration,
     /// Compare every page with its checksum after each transaction: for tests.
     pub strict_verify: bool,
+    /// Whether databases in WAL mode may be passed through to applications, and their WAL followed.
+    pub follow_wal: bool,
     /// The disk that the data directory is on.
     pub disk: Arc<dyn Disk>,
     /// Who does the work that nobody waits for.
@@ -52,6 +55,7 @@ impl Options {
             compress: true,
             retention: Duration::from_secs(600),
             strict_verify: false,
+            follow_wal: false,
             disk: Arc::new(Pool::default()),
             background: Background::Threads,
             random: Random::default(),
@@ -175,6 +179,8 @@ pub struct Context {
     pub faults: FaultStats,
     /// Rung when a replica has a database to fetch again.
     pub(super) refetch: Refetch,
+    /// Follows the WALs that are passed through.
+    pub(super) follower: Follower,
 }
 
 /// Work for the keeper thread, which holds no lock of the store while it waits.
@@ -242,6 +248,7 @@ impl Context {
             clients: Clients::default(),
             faults: FaultStats::default(),
             refetch: Refetch::default(),
+            follower: Follower::default(),
         });
         let Some(job_queue) = job_queue else {
             return context;

@@ -26,6 +26,7 @@ use super::disk::{Disk, DiskFile, File, Scratch};
 use super::error::StoreError;
 use super::forward::Hold;
 use super::halt::Halt;
+use super::lane::{Handles, Lane};
 use super::log::{Log, LogStats};
 use super::overlay::Overlay;
 use super::replica::ReplicaLocks;
@@ -101,6 +102,8 @@ pub struct DbFile {
     replaced: AtomicBool,
     /// Handles that are open for writing alone, as no handle of SQLite's is.
     copying: AtomicU64,
+    /// Its open handles, and how they get at its bytes.
+    pub(super) handles: Mutex<Handles>,
 }
 
 impl DbFile {
@@ -112,6 +115,7 @@ impl DbFile {
             deleted: AtomicBool::new(false),
             replaced: AtomicBool::new(false),
             copying: AtomicU64::new(0),
+            handles: Mutex::default(),
         }
     }
 
@@ -200,6 +204,10 @@ pub(super) struct State {
     /// mode: that of the database when it last had a WAL made. 0: there is none.
     pub rollback_counter: u32,
     pub wal: WalCapture,
+    /// The database and its WAL are passed through to applications.
+    pub lane: Option<Lane>,
+    /// There is a lane's mark on disk.
+    pub marked: bool,
     pub snapshots: Vec<Weak<Mutex<Preserved>>>,
     /// What the checksum file says.
     pub saved: SumsHeader,
@@ -229,6 +237,8 @@ impl State {
             importing: false,
             rollback_counter: 0,
             wal: WalCapture::default(),
+            lane: None,
+            marked: false,
             snapshots: Vec::new(),
             saved: SumsHeader::default(),
             checkpoint_due: super::checkpoint::LOG_BYTES,
@@ -294,7 +304,13 @@ impl State {
             if wanting.is_empty() {
                 continue;
             }
-            self.read_committed(db, pgno, &mut page)?;
+            if let Err(e) = self.read_committed(db, pgno, &mut page) {
+                if !db.checkpoint_is_ahead(self) {
+                    return Err(e);
+                }
+                wanting.iter().for_each(|s| s.lock().give_up());
+                continue;
+            }
             for s in wanting {
                 s.lock()
                     .keep(pgno, &page)
@@ -446,8 +462,12 @@ impl Database {
     }
 
     /// The position that the newest commit has led to; its flush may be still to come.
-    pub fn captured_pos(&self) -> Pos {
-        self.lock().pos
+    pub fn captured_pos(self: &Arc<Self>) -> Pos {
+        let mut st = self.lock();
+        if let Err(e) = self.follow(&mut st) {
+            self.warn_rarely(&e);
+        }
+        st.pos
     }
 
     /// Bytes of a page, 0 before the first transaction.

@@ -78,6 +78,9 @@ impl Database {
         if kind != FileKind::Database && st.files.database.is_none() {
             return Err(StoreError::NoDatabase(self.name.clone()));
         }
+        if kind == FileKind::Journal {
+            self.check_no_lane(&st)?;
+        }
         self.create_file(&mut st, kind)
     }
 
@@ -168,12 +171,7 @@ impl Database {
 
     /// Of a file that has become another. A connection begins with the header, and an error there
     /// would end the process of one that has mapped the file: it finds no database instead.
-    fn read_replaced(
-        &self,
-        f: &DbFile,
-        offset: u64,
-        buf: &mut [u8],
-    ) -> Result<usize, StoreError> {
+    fn read_replaced(&self, f: &DbFile, offset: u64, buf: &mut [u8]) -> Result<usize, StoreError> {
         if offset >= FIRST_READ {
             return Err(StoreError::Replaced(self.mount_name(f.kind)));
         }
@@ -190,6 +188,9 @@ impl Database {
             return done(Err(
                 self.refuse("a write beyond the largest size of a database")
             ));
+        }
+        if self.is_through(f) {
+            return done(Err(self.refuse("a write by a program that is not SQLite")));
         }
         let count = match f.kind {
             FileKind::Database => &self.counters().database_writes,
@@ -282,6 +283,7 @@ impl Database {
     ) -> Result<Option<JournalEnd>, StoreError> {
         let mut st = self.lock();
         self.check_writable(&st)?;
+        self.check_no_lane(&st)?;
         if offset >= journal::MAGIC.len() as u64 {
             drop(st);
             return f
@@ -336,9 +338,14 @@ impl Database {
         done(result);
     }
 
-    fn truncate_database(&self, size: u64) -> Result<(), StoreError> {
+    fn truncate_database(self: &Arc<Self>, size: u64) -> Result<(), StoreError> {
         let mut st = self.lock();
         self.check_writable(&st)?;
+        if st.lane.is_some() {
+            // The end of a checkpoint, after which the WAL may be overwritten.
+            self.follow(&mut st)?;
+            self.log().flush_wait()?;
+        }
         let path = self.path(FileKind::Database);
         if st.journal_active {
             st.overlay
@@ -380,10 +387,11 @@ impl Database {
             .map_err(StoreError::io("truncate", self.path(FileKind::Shm)))
     }
 
-    fn truncate_wal(&self, f: &DbFile, size: u64) -> Result<(), StoreError> {
+    fn truncate_wal(self: &Arc<Self>, f: &DbFile, size: u64) -> Result<(), StoreError> {
         let mut st = self.lock();
         self.check_writable(&st)?;
         self.check_not_forwarding(&st)?;
+        self.follow(&mut st)?;
         if size < crate::sqlite::wal::WAL_HEADER_SIZE as u64 {
             self.backfill_all(&mut st)?;
             st.wal.reset();
@@ -405,7 +413,10 @@ impl Database {
     }
 
     /// An fsync: answered once what it promises is true. The log stands for the other files.
-    pub fn sync(&self, f: &DbFile, done: Done) {
+    pub fn sync(self: &Arc<Self>, f: &DbFile, done: Done) {
+        if self.is_through(f) {
+            return done(self.sync_through(f));
+        }
         if f.kind != FileKind::Wal {
             return done(Ok(()));
         }
@@ -439,7 +450,8 @@ impl Database {
         let Some(f) = st.files.slot(kind).clone() else {
             return done(Err(StoreError::NoDatabase(self.mount_name(kind))));
         };
-        if let Err(e) = self.check_writable(&st) {
+        let may = self.check_writable(&st);
+        if let Err(e) = may.and_then(|()| self.follow(&mut st)) {
             return done(Err(e));
         }
         let path = self.path(kind);
@@ -458,15 +470,17 @@ impl Database {
             }
             FileKind::Wal => self
                 .check_not_forwarding(&st)
-                .and_then(|()| self.backfill_all(&mut st)),
+                .and_then(|()| self.backfill_all(&mut st))
+                .and_then(|()| self.keep_first_page(&mut st)),
             FileKind::Journal | FileKind::Shm => Ok(()),
         };
         let result = result.and_then(|()| {
-            f.delete();
-            *st.files.slot(kind) = None;
             if kind == FileKind::Wal {
+                self.unwatch(&st);
                 st.wal.reset();
             }
+            f.delete();
+            *st.files.slot(kind) = None;
             self.disk()
                 .remove_file(&path)
                 .map_err(StoreError::io("remove", &path))
@@ -545,6 +559,7 @@ impl Database {
 
     /// Removes the files of the database, not its log.
     pub(super) fn remove_files(&self, st: &mut State) -> Result<(), StoreError> {
+        self.forget_lane(st);
         st.overlay.clear();
         st.wal.reset();
         st.journal_active = false;
@@ -576,7 +591,7 @@ impl Database {
 
     /// The size of a file as applications see it.
     pub fn size(&self, f: &DbFile) -> Result<u64, StoreError> {
-        if f.kind == FileKind::Database && !f.is_deleted() {
+        if f.kind == FileKind::Database && !f.is_deleted() && !self.is_through(f) {
             return Ok(self.lock().view_size);
         }
         let in_file = f

@@ -361,7 +361,7 @@ impl Database {
             }
         }
         drop(state);
-        self.captured_pos().txid >= incoming.pos().txid
+        self.lock().pos.txid >= incoming.pos().txid
     }
 
     /// Sends a transaction that was prepared on the state. `finish` does what the verdict asks for

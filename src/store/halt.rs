@@ -212,6 +212,7 @@ impl Database {
                     .map_err(StoreError::io("lock the WAL index of", &self.dir));
             }
             locks.held = Some(Held::Write);
+            self.catch_up()?;
             self.make_index_valid(locks)?;
             return Ok(true);
         }

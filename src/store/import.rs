@@ -399,9 +399,11 @@ impl Database {
                     st.database_file(&self.name).map(|f| f.ino)?,
                 )
             };
+            let is_through = self.lock().lane.is_some();
             let imported = if !has_wal {
+                self.check_no_lane(&self.lock())?;
                 self.replace_in_place(locks, ino, c, deadline)?
-            } else if self.try_leave_wal(locks, ino)? {
+            } else if !is_through && self.try_leave_wal(locks, ino)? {
                 None
             } else {
                 self.replace_in_wal(locks, ino, c, deadline)?
@@ -504,6 +506,7 @@ impl Database {
             return Ok(None);
         }
         let _importing = Importing::begin(self)?;
+        self.catch_up()?;
         if self.lock().wal_has_other_pages(c.page_size()) {
             self.empty_wal(shared, ino, deadline)?;
         }

@@ -85,14 +85,15 @@ impl Database {
     }
 
     /// Those of the pages that are rotten at this moment, with the checksums that they should have.
-    fn rotten(&self, st: &mut State, pgnos: &[u32]) -> Result<Wanted, StoreError> {
+    fn rotten(self: &Arc<Self>, st: &mut State, pgnos: &[u32]) -> Result<Wanted, StoreError> {
         let mut wanted = Wanted::new();
         if st.broken.is_some() {
             return Ok(wanted);
         }
+        self.follow(st)?;
         let mut page = vec![0u8; st.page_size as usize];
         for pgno in pgnos.iter().filter(|p| st.is_in_file(**p)) {
-            if !st.file_page_is_whole(self, *pgno, &mut page)? {
+            if !st.file_page_is_whole(self, *pgno, &mut page)? && !self.checkpoint_is_ahead(st) {
                 let key = (*pgno, st.sums.get(*pgno));
                 wanted.insert(key, self.find_in_wal(st, key));
             }
@@ -156,6 +157,7 @@ impl Database {
     /// Puts what was found into the database file, as far as it is still wanted; whether anything
     /// was. What was not found costs the database.
     fn put_pages(self: &Arc<Self>, st: &mut State, wanted: &Wanted) -> Result<bool, StoreError> {
+        self.follow(st)?;
         let (mut mended, mut lost) = (false, Vec::new());
         let mut page = vec![0u8; st.page_size as usize];
         for ((pgno, sum), found) in wanted {
@@ -164,6 +166,7 @@ impl Database {
                 || !st.is_in_file(*pgno)
                 || st.sums.get(*pgno) != *sum
                 || st.file_page_is_whole(self, *pgno, &mut page)?
+                || self.checkpoint_is_ahead(st)
             {
                 continue;
             }
@@ -233,7 +236,9 @@ impl Database {
     ) -> Result<(), StoreError> {
         let frame_at = |st: &State| {
             let same = st.wal.header.is_some_and(|h| (h.salt1, h.salt2) == salts);
-            let there = same && index < st.wal.committed && st.broken.is_none();
+            // Applications begin a WAL anew without a word to the node.
+            let there =
+                same && index < st.wal.committed && st.broken.is_none() && st.lane.is_none();
             there.then(|| st.wal.frames[index])
         };
         let Some(frame) = frame_at(&self.lock()) else {

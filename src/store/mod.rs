@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{broadcast, watch};
 
+use crate::clock;
 use crate::ltx::Pos;
 
 mod appender;
@@ -42,6 +43,7 @@ mod halt;
 mod import;
 mod index;
 mod intent;
+mod lane;
 mod litefs;
 mod lives;
 mod log;
@@ -78,6 +80,7 @@ pub use fault::{Action as FaultAction, FaultStats, Place as FaultPlace};
 pub use files::Done;
 pub use forward::{Cancelled, Decided, HALT_TTL, HALT_WAIT, Outgoing, Primary, Verdict};
 pub use import::ImportError;
+pub use lane::Way;
 pub use log::LogStats;
 pub use names::{LOCK_DIR, Name, check_database};
 pub use receive::{Arrived, Received};
@@ -389,6 +392,7 @@ impl Store {
     /// A commit that is not answered by then is answered with an error.
     pub fn set_lease_end(&self, until: Option<Instant>) {
         self.context.gate.set_lease_end(until);
+        self.regulate_lanes();
     }
 
     /// Lets no further commit of an application begin. When this returns, those that were begun
@@ -405,12 +409,15 @@ impl Store {
                 seconds: PAUSE_WAIT.as_secs(),
             });
         }
+        self.regulate_lanes();
+        self.drain_lanes(PAUSE_WAIT)?;
         self.databases().iter().try_for_each(|db| db.try_settle())
     }
 
     /// Lets applications commit again after [`Store::pause_writes`].
     pub fn resume_writes(&self) {
         self.context.gate.resume();
+        self.regulate_lanes();
     }
 
     /// How many transactions this node has, over all databases: of two nodes with a common past the
@@ -498,11 +505,13 @@ impl Store {
     /// start has nothing to redo. The mount must be gone, or nobody writing.
     pub fn close(&self) {
         self.context.gate.set_primary(false);
+        self.regulate_lanes();
+        let readers_until = clock::now() + lane::READERS_WAIT;
         for db in self.databases() {
             if db.broken().is_some() {
                 continue;
             }
-            if let Err(e) = db.close() {
+            if let Err(e) = db.close(readers_until) {
                 tracing::warn!(db = db.name(), error = %e, "not closed cleanly: the next start recovers it");
             }
         }

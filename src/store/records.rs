@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use crc_fast::CrcAlgorithm::Crc64GoIso;
@@ -167,9 +168,9 @@ impl Database {
         Ok(header.pre_apply_pos() == pos)
     }
 
-    /// Flushes what is applied, so that [`Database::pos`] is all there is. A failure is logged by
+    /// Captures what is committed, and flushes what is applied, so that [`Database::pos`] is all there is. A failure is logged by
     /// the log, which then takes no more transactions.
-    pub(super) fn settle(&self) {
+    pub(super) fn settle(self: &Arc<Self>) {
         let _ = self.try_settle();
     }
 
@@ -177,7 +178,8 @@ impl Database {
     ///
     /// # Errors
     /// If the flush fails.
-    pub(super) fn try_settle(&self) -> Result<(), StoreError> {
+    pub(super) fn try_settle(self: &Arc<Self>) -> Result<(), StoreError> {
+        self.catch_up()?;
         if self.has_unflushed() {
             self.log().flush_wait()?;
             self.note_flushed(self.log().flushed_txid());

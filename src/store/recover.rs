@@ -126,7 +126,8 @@ impl Database {
         st.sums = sums;
         let before = change_counter(&file);
         let start = self.redo_start(&mut st)?;
-        let Redone { any, anew } = self.redo(&mut st, &file, start)?;
+        let Redone { mut any, anew } = self.redo(&mut st, &file, start)?;
+        any |= self.recover_lane(&mut st, &file)?;
         if !anew {
             self.check_nothing_lost(before, &file)?;
         }
@@ -394,6 +395,6 @@ impl Database {
                 .remove_file_if_there(&path)
                 .map_err(StoreError::io("remove", &path))?;
         }
-        Ok(())
+        self.remove_mark(&mut self.lock())
     }
 }

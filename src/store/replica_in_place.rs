@@ -152,6 +152,8 @@ impl Database {
         let old = st.database_file(&self.name)?;
         old.replace();
         st.rollback_counter = 0;
+        self.unwatch(st);
+        st.lane = None;
         self.adopt_file(st, FileKind::Database, old.file.clone());
         tracing::info!(
             db = self.name,

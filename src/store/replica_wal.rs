@@ -73,10 +73,12 @@ impl Database {
         }
         let start = {
             let mut st = self.lock();
+            self.follow(&mut st)?;
             self.restart_wal(&mut st, shared)?;
             st.wal.committed
         };
         self.reserve_frames(shared, c)?;
+        self.mark_applied(c.pos.txid)?;
         // The log's flush follows by itself: a power loss before it takes back what the primary sends
         // again. On the primary there is nobody to do so.
         self.append_incoming(incoming, held)?;

@@ -18,11 +18,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::clock;
 use crate::task;
 
 use super::context::{Event, Job};
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
+use super::lane::READERS_WAIT;
 use super::{Role, Store};
 
 /// How long a change of role waits for commits in flight. One that takes longer ends by itself.
@@ -105,7 +107,17 @@ impl Store {
             .map(|(name, _)| name)
             .collect();
         self.context.keep(Job::InvalidateEntries(gone));
+        self.regulate_lanes();
+        let readers_until = clock::now() + READERS_WAIT;
         for db in self.databases() {
+            if let Err(e) = db.leave_lane(readers_until) {
+                tracing::error!(db = db.name(), error = %e, "what was written past this node could not be taken up");
+                db.set_broken(
+                    &mut db.lock(),
+                    format!("{e}: start the node anew once the cause is mended"),
+                );
+                continue;
+            }
             db.revoke_halt("this node is primary no more");
             if let Err(e) = db.demote() {
                 tracing::error!(db = db.name(), error = %e, "a transaction that was open could not be cleared away");

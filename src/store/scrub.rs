@@ -196,7 +196,9 @@ impl Database {
         loop {
             let (wal, header, count) = {
                 let st = self.lock();
-                let (Some(wal), Some(header)) = (st.files.wal.clone(), st.wal.header) else {
+                let (Some(wal), Some(header), None) =
+                    (st.files.wal.clone(), st.wal.header, &st.lane)
+                else {
                     return Ok(Some(()));
                 };
                 (wal, header, st.wal.committed)

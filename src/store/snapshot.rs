@@ -29,12 +29,19 @@ pub(super) struct Preserved {
     scratch: Scratch,
     kept: HashMap<u32, u64>,
     file: Option<File>,
+    /// A page that it needs changed before it could be kept.
+    lost: bool,
 }
 
 impl Preserved {
     /// Whether the snapshot will ask for this page and has not got its version yet.
     pub fn wants(&self, pgno: u32) -> bool {
-        pgno >= self.next && pgno <= self.pages && !self.kept.contains_key(&pgno)
+        !self.lost && pgno >= self.next && pgno <= self.pages && !self.kept.contains_key(&pgno)
+    }
+
+    /// A checkpoint was faster: it has to be begun anew.
+    pub fn give_up(&mut self) {
+        self.lost = true;
     }
 
     /// Keeps the page's bytes.
@@ -73,6 +80,7 @@ impl Database {
     /// A snapshot as of the newest position, which is on disk when this returns.
     pub fn snapshot(self: &Arc<Self>) -> Result<Snapshot, StoreError> {
         loop {
+            self.catch_up()?;
             self.log().flush_wait()?;
             let mut st = self.lock();
             self.check_usable(&st)?;
@@ -91,6 +99,7 @@ impl Database {
                 scratch: self.scratch(),
                 kept: HashMap::new(),
                 file: None,
+                lost: false,
             }));
             st.snapshots.push(Arc::downgrade(&preserved));
             let header = Header {
@@ -200,8 +209,13 @@ impl Snapshot {
         lock_page: u32,
         pages: &mut [u8],
     ) -> Result<(), StoreError> {
-        let st = self.db.lock();
+        let mut st = self.db.lock();
+        // Where checkpoints have copied pages meanwhile, they are read from the database file.
+        self.db.follow(&mut st)?;
         let mut preserved = self.preserved.lock();
+        if preserved.lost {
+            return Err(self.db.refuse("a checkpoint with synchronous=OFF changed pages before this snapshot could keep them: it succeeds when it is tried again"));
+        }
         for (pgno, page) in
             (first..=last).zip(pages.chunks_exact_mut(self.header.page_size as usize))
         {
@@ -212,7 +226,8 @@ impl Snapshot {
             let kept = preserved
                 .read(pgno, page)
                 .map_err(StoreError::io("read pages kept in", &self.db.dir))?;
-            if !kept {
+            if !kept && let Err(e) = st.read_committed(&self.db, pgno, page) {
+                self.db.note_copied_since(&mut st, e)?;
                 st.read_committed(&self.db, pgno, page)?;
             }
         }

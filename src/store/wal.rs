@@ -328,7 +328,7 @@ impl Database {
 
     /// Logs the transaction that the frames beyond the committed ones make, or gives it to be
     /// decided by the primary.
-    fn capture_wal(
+    pub(super) fn capture_wal(
         self: &Arc<Self>,
         st: &mut State,
         wal: &DbFile,
@@ -383,10 +383,7 @@ impl Database {
                 }
                 Ok(())
             }
-            Err(_) => {
-                page.fill(0);
-                Ok(())
-            }
+            Err(_) => self.read_hole(st, pgno, page),
         };
         let wal_mode = match pages.first() {
             Some((1, _)) => {
@@ -450,7 +447,8 @@ impl Database {
     }
 
     /// Pages that the transaction adds to the database without writing them (free ones) are zeros
-    /// everywhere: in the database file too, whatever stood there.
+    /// everywhere: in the database file too, whatever stood there. Where others write that file, they
+    /// are what stands there.
     fn fill_holes(
         &self,
         st: &mut State,
@@ -463,21 +461,37 @@ impl Database {
         {
             return Ok(Vec::new());
         }
-        let zeros = vec![0u8; st.page_size as usize];
+        let mut page = vec![0u8; st.page_size as usize];
         let file = st.database_file(&self.name)?;
         let lock_page = ltx::lock_pgno(st.page_size);
         (st.page_count + 1..=commit)
             .filter(|p| *p != lock_page && pages.binary_search_by_key(p, |(q, _)| *q).is_err())
             .map(|pgno| {
-                file.file
-                    .write_all_at(&zeros, u64::from(pgno - 1) * u64::from(st.page_size))
-                    .map_err(StoreError::io(
-                        "write database",
-                        self.path(FileKind::Database),
-                    ))?;
-                Ok((pgno, ltx::page_checksum(pgno, &zeros)))
+                self.read_hole(st, pgno, &mut page)?;
+                if st.lane.is_none() {
+                    file.file
+                        .write_all_at(&page, u64::from(pgno - 1) * u64::from(st.page_size))
+                        .map_err(StoreError::io(
+                            "write database",
+                            self.path(FileKind::Database),
+                        ))?;
+                }
+                Ok((pgno, ltx::page_checksum(pgno, &page)))
             })
             .collect()
+    }
+
+    /// What a page is that no transaction has written.
+    fn read_hole(&self, st: &State, pgno: u32, page: &mut [u8]) -> Result<(), StoreError> {
+        if st.lane.is_none() {
+            page.fill(0);
+            return Ok(());
+        }
+        let at = u64::from(pgno - 1) * u64::from(st.page_size);
+        read_or_zeros(&*st.database_file(&self.name)?.file, at, page).map_err(StoreError::io(
+            "read database",
+            self.path(FileKind::Database),
+        ))
     }
 
     /// A write to the database file by a checkpoint: only committed versions of pages.

@@ -55,6 +55,8 @@ pub struct Options {
     pub secure: Option<Secure>,
     /// `data.compress` is false: what is in its files can be found in them.
     pub uncompressed: bool,
+    /// `fuse.wal-capture` is tail; else what TENURE_TEST_WAL_CAPTURE says, or gate.
+    pub tail: bool,
 }
 
 impl Options {
@@ -78,6 +80,7 @@ impl Options {
             namespace: None,
             secure: None,
             uncompressed: false,
+            tail: false,
         }
     }
 
@@ -138,9 +141,14 @@ impl Options {
             Some(path) => format!("backup:\n  type: file\n  path: {path:?}\n"),
             None => String::new(),
         };
+        let capture = match std::env::var("TENURE_TEST_WAL_CAPTURE") {
+            _ if self.tail => "tail".to_string(),
+            Ok(capture) => capture,
+            Err(_) => "gate".to_string(),
+        };
         // A quoted Rust string of such a path is a quoted YAML string.
         format!(
-            "{backup}fuse:\n  dir: {mount:?}\n\
+            "{backup}fuse:\n  dir: {mount:?}\n  wal-capture: {capture}\n\
              data:\n  dir: {data:?}\n  compress: {}\n{retention}{scrub}\
              http:\n  addr: \"{}\"\n{}\
              strict-verify: {}\n\

@@ -160,7 +160,7 @@ impl Scale {
     }
 
     fn sites(&self, work: &Path) -> Result<[Site; 2]> {
-        node::sites(work, self.tenure.as_deref())
+        node::sites(work, self.tenure.as_deref(), "gate")
     }
 }
 

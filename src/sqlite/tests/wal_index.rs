@@ -540,3 +540,45 @@ proptest! {
         let _ = (index.n_backfill(), index.n_backfill_attempted(), index.read_mark(4));
     }
 }
+
+#[test]
+fn a_closed_index_is_no_header_that_can_be_used() {
+    let closed = IndexHeader::closed();
+    assert_eq!(IndexHeader::of_copies(&closed, &closed), None);
+}
+
+#[test]
+fn a_header_is_read_from_two_copies_that_are_the_same() {
+    let mut memory = vec![0u32; REGION_SIZE / 4];
+    let mut index = WalIndex::new();
+    // SAFETY: the memory is aligned, of the right size, and lives longer than the index.
+    unsafe { index.push_region(memory.as_mut_ptr().cast()) };
+    let header = IndexHeader {
+        change: 3,
+        is_init: true,
+        big_endian_checksum: false,
+        page_size: 65536,
+        mx_frame: 7,
+        page_count: 9,
+        frame_checksum: WalChecksum(1, 2),
+        salt1: 4,
+        salt2: 5,
+    };
+    index.write_header(&header);
+    index.set_n_backfill(11);
+    index.set_n_backfill_attempted(12);
+    drop(index);
+    let bytes: Vec<u8> = memory.iter().flat_map(|w| w.to_ne_bytes()).collect();
+    let copy = |i: usize| {
+        bytes[i * HEADER_COPY_SIZE..][..HEADER_COPY_SIZE]
+            .try_into()
+            .unwrap()
+    };
+    let (first, mut second) = (copy(0), copy(1));
+    assert_eq!(IndexHeader::of_copies(&first, &second), Some(header));
+    second[8] ^= 1;
+    assert_eq!(IndexHeader::of_copies(&first, &second), None);
+    let number = |at: u64| u32::from_ne_bytes(bytes[at as usize..][..4].try_into().unwrap());
+    assert_eq!(number(N_BACKFILL_OFFSET), 11);
+    assert_eq!(number(N_BACKFILL_ATTEMPTED_OFFSET), 12);
+}
