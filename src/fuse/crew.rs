@@ -3,8 +3,8 @@
 //! The kernel gives requests to waiting threads in turn. Where each commit waits for the disk, it
 //! is fastest if one thread alone takes them all: the scheduler then keeps it by its client, and a
 //! commit takes half the time that it takes with four (measured, see bench/RESULTS.md). So the
-//! others are parked, inside the end of the last request that they served. A long run of writes
-//! that nobody waits for is served by all of them.
+//! others are parked, inside the end of the last request that they served. Where one client makes
+//! a run of requests, that thread goes to its processor (see [`Companion`]).
 //!
 //! One thread must not hold everybody up while it waits for a disk, so a monitor looks every
 //! millisecond, while there are requests at all: if no thread is waiting in the kernel and none has
@@ -21,21 +21,19 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use super::companion::Companion;
+
 /// How often the monitor looks.
 const TICK: Duration = Duration::from_millis(1);
 /// Ticks without a request after which the monitor sleeps.
 const IDLE_TICKS: u32 = 50;
-/// Writes in a row that nobody waits for before all threads serve them.
-const RUN: u64 = 128;
 
 /// The threads of a mount; see the module.
 pub(super) struct Crew {
-    size: isize,
     reading: AtomicIsize,
     /// Requests served.
     served: AtomicU64,
-    /// Writes since somebody waited for the disk.
-    run: AtomicU64,
+    companion: Companion,
     parked: Mutex<Parked>,
     bell: Condvar,
     monitor: OnceLock<Thread>,
@@ -69,10 +67,9 @@ impl Crew {
     /// A crew of `size` threads, which are to be started now.
     pub fn new(size: usize) -> Arc<Crew> {
         let crew = Arc::new(Crew {
-            size: size as isize,
             reading: AtomicIsize::new(size as isize),
             served: AtomicU64::new(0),
-            run: AtomicU64::new(0),
+            companion: Companion::new(),
             parked: Mutex::default(),
             bell: Condvar::new(),
             monitor: OnceLock::new(),
@@ -84,8 +81,11 @@ impl Crew {
             while let Some(crew) = watched.upgrade().filter(|c| !c.parked.lock().over) {
                 let served = crew.served.load(Ordering::Relaxed);
                 let busy = crew.reading.load(Ordering::Relaxed) <= 0;
-                if busy && served == last {
-                    crew.call_one();
+                if served == last {
+                    crew.companion.note_stall();
+                    if busy {
+                        crew.call_one();
+                    }
                 }
                 idle = if busy || served != last { 0 } else { idle + 1 };
                 last = served;
@@ -119,8 +119,9 @@ impl Crew {
         self.served.load(Ordering::Relaxed)
     }
 
-    /// This thread serves a request until the turn is dropped.
-    pub fn turn(self: &Arc<Self>) -> Turn<'_> {
+    /// This thread serves a request of a client's thread until the turn is dropped.
+    pub fn turn(self: &Arc<Self>, client: u32) -> Turn<'_> {
+        self.companion.note(client);
         self.reading.fetch_sub(1, Ordering::Relaxed);
         if self.monitor_sleeps.load(Ordering::Relaxed)
             && self.monitor_sleeps.swap(false, Ordering::SeqCst)
@@ -131,24 +132,6 @@ impl Crew {
         let member = MEMBER.take();
         MEMBER.set(Some(member.unwrap_or_else(|| Member(self.clone()))));
         Turn(self)
-    }
-
-    /// A client writes, and may go on without waiting for the disk.
-    pub fn note_write(&self) {
-        self.run.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// A client waits for the disk.
-    pub fn note_wait(&self) {
-        self.run.store(0, Ordering::Relaxed);
-    }
-
-    fn wanted(&self) -> isize {
-        if self.run.load(Ordering::Relaxed) < RUN {
-            1
-        } else {
-            self.size
-        }
     }
 
     fn call_one(&self) {
@@ -162,12 +145,7 @@ impl Crew {
 
     fn end_turn(&self) {
         self.served.fetch_add(1, Ordering::Relaxed);
-        let wanted = self.wanted();
-        let reading = self.reading.fetch_add(1, Ordering::Relaxed) + 1;
-        if reading < wanted {
-            self.call_one();
-        }
-        if reading <= wanted {
+        if self.reading.fetch_add(1, Ordering::Relaxed) < 1 {
             return;
         }
         let mut parked = self.parked.lock();
@@ -215,7 +193,7 @@ mod tests {
                 loop {
                     let request = rx.lock().recv();
                     let Ok(time) = request else { return };
-                    let _turn = crew.turn();
+                    let _turn = crew.turn(0);
                     std::thread::sleep(time);
                 }
             })

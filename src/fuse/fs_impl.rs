@@ -35,8 +35,8 @@ impl Filesystem for TenureFs {
         Ok(())
     }
 
-    fn lookup(&self, _req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let _turn = self.crew.turn();
+    fn lookup(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("lookup", About::Name(name), reply);
         if parent.0 != ROOT {
             return reply.error(Errno::ENOENT);
@@ -74,8 +74,8 @@ impl Filesystem for TenureFs {
         self.nodes.forget(ino.0, nlookup);
     }
 
-    fn getattr(&self, _req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
-        let _turn = self.crew.turn();
+    fn getattr(&self, req: &Request, ino: INodeNo, _fh: Option<FileHandle>, reply: ReplyAttr) {
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("getattr", About::Ino(ino), reply);
         // Of a name that is gone, and that the kernel does not know to be: it looks it up again.
         let Some(node) = self.nodes.get(ino.0).filter(|n| !n.is_gone()) else {
@@ -105,7 +105,7 @@ impl Filesystem for TenureFs {
         _flags: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = match size {
             Some(size) => self
                 .watch
@@ -145,8 +145,8 @@ impl Filesystem for TenureFs {
         }
     }
 
-    fn readlink(&self, _req: &Request, ino: INodeNo, reply: ReplyData) {
-        let _turn = self.crew.turn();
+    fn readlink(&self, req: &Request, ino: INodeNo, reply: ReplyData) {
+        let _turn = self.crew.turn(req.pid());
         match self.nodes.get(ino.0) {
             Some(Node::Lock(db)) => reply.data(attr::lock_link(db.name()).as_bytes()),
             _ => reply.error(Errno::EINVAL),
@@ -154,7 +154,7 @@ impl Filesystem for TenureFs {
     }
 
     fn open(&self, req: &Request, ino: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("open", About::Ino(ino), reply);
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
@@ -187,7 +187,7 @@ impl Filesystem for TenureFs {
         flags: i32,
         reply: ReplyCreate,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.writes("create", About::Name(name), reply);
         if parent.0 != ROOT {
             return reply.error(Errno::ENOENT);
@@ -230,7 +230,7 @@ impl Filesystem for TenureFs {
 
     fn read(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
@@ -239,7 +239,7 @@ impl Filesystem for TenureFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self
             .watch
             .reads("read", About::Range(ino, offset, u64::from(size)), reply);
@@ -285,11 +285,10 @@ impl Filesystem for TenureFs {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self
             .watch
             .writes("write", About::Range(ino, offset, data.len() as u64), reply);
-        self.crew.note_write();
         let Some(node) = self.nodes.get(ino.0) else {
             return reply.error(Errno::ESTALE);
         };
@@ -325,15 +324,14 @@ impl Filesystem for TenureFs {
 
     fn fsync(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("fsync", About::Ino(ino), reply);
-        self.crew.note_wait();
         match self.nodes.get(ino.0) {
             Some(Node::File(f)) => f.db.sync(&f.file, Box::new(answer(reply))),
             Some(_) => reply.ok(),
@@ -343,13 +341,13 @@ impl Filesystem for TenureFs {
 
     fn flush(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         _lock_owner: LockOwner,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("flush", About::Ino(ino), reply);
         match self.copies.get(fh.0) {
             None => reply.error(Errno::ENOSYS),
@@ -361,7 +359,7 @@ impl Filesystem for TenureFs {
 
     fn release(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         fh: FileHandle,
         flags: OpenFlags,
@@ -369,7 +367,7 @@ impl Filesystem for TenureFs {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("release", About::Ino(ino), reply);
         reply.ok();
         let node = self.nodes.get(ino.0);
@@ -393,9 +391,8 @@ impl Filesystem for TenureFs {
     }
 
     fn unlink(&self, req: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.writes("unlink", About::Name(name), reply);
-        self.crew.note_wait();
         let name = name.to_str().filter(|_| parent.0 == ROOT);
         match name.map(Name::parse) {
             Some(Name::File(kind, db)) => match self.store.database(db) {
@@ -419,13 +416,13 @@ impl Filesystem for TenureFs {
 
     fn readdir(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         offset: u64,
         reply: ReplyDirectory,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let mut reply = self.watch.reads("readdir", About::Ino(ino), reply);
         if ino.0 != ROOT {
             return reply.error(Errno::ENOTDIR);
@@ -459,20 +456,20 @@ impl Filesystem for TenureFs {
 
     fn fsyncdir(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         _datasync: bool,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("fsyncdir", About::Ino(ino), reply);
         // Names are in the log before they are acknowledged.
         reply.ok();
     }
 
-    fn statfs(&self, _req: &Request, ino: INodeNo, reply: ReplyStatfs) {
-        let _turn = self.crew.turn();
+    fn statfs(&self, req: &Request, ino: INodeNo, reply: ReplyStatfs) {
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("statfs", About::Ino(ino), reply);
         match self.store.statvfs() {
             Ok(s) => reply.give(Ok(0), |r| {
@@ -493,32 +490,25 @@ impl Filesystem for TenureFs {
 
     // What SQLite never asks for, or does without.
 
-    fn access(&self, _req: &Request, ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
-        let _turn = self.crew.turn();
+    fn access(&self, req: &Request, ino: INodeNo, _mask: AccessFlags, reply: ReplyEmpty) {
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("access", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
-    fn getxattr(
-        &self,
-        _req: &Request,
-        _ino: INodeNo,
-        _name: &OsStr,
-        _size: u32,
-        reply: ReplyXattr,
-    ) {
-        let _turn = self.crew.turn();
+    fn getxattr(&self, req: &Request, _ino: INodeNo, _name: &OsStr, _size: u32, reply: ReplyXattr) {
+        let _turn = self.crew.turn(req.pid());
         reply.error(Errno::ENOSYS);
     }
 
-    fn listxattr(&self, _req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
-        let _turn = self.crew.turn();
+    fn listxattr(&self, req: &Request, _ino: INodeNo, _size: u32, reply: ReplyXattr) {
+        let _turn = self.crew.turn(req.pid());
         reply.error(Errno::ENOSYS);
     }
 
     fn setxattr(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _name: &OsStr,
         _value: &[u8],
@@ -526,20 +516,20 @@ impl Filesystem for TenureFs {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("setxattr", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
-    fn removexattr(&self, _req: &Request, ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
-        let _turn = self.crew.turn();
+    fn removexattr(&self, req: &Request, ino: INodeNo, _name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("removexattr", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
     fn rename(
         &self,
-        _req: &Request,
+        req: &Request,
         _parent: INodeNo,
         name: &OsStr,
         _newparent: INodeNo,
@@ -547,60 +537,60 @@ impl Filesystem for TenureFs {
         _flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("rename", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
     fn link(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         _newparent: INodeNo,
         newname: &OsStr,
         reply: ReplyEntry,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("link", About::Name(newname), reply);
         reply.error(Errno::EPERM);
     }
 
     fn symlink(
         &self,
-        _req: &Request,
+        req: &Request,
         _parent: INodeNo,
         link_name: &OsStr,
         _target: &Path,
         reply: ReplyEntry,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("symlink", About::Name(link_name), reply);
         reply.error(Errno::EPERM);
     }
 
     fn mkdir(
         &self,
-        _req: &Request,
+        req: &Request,
         _parent: INodeNo,
         name: &OsStr,
         _mode: u32,
         _umask: u32,
         reply: ReplyEntry,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("mkdir", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
-    fn rmdir(&self, _req: &Request, _parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        let _turn = self.crew.turn();
+    fn rmdir(&self, req: &Request, _parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("rmdir", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
     fn mknod(
         &self,
-        _req: &Request,
+        req: &Request,
         _parent: INodeNo,
         name: &OsStr,
         _mode: u32,
@@ -608,14 +598,14 @@ impl Filesystem for TenureFs {
         _rdev: u32,
         reply: ReplyEntry,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("mknod", About::Name(name), reply);
         reply.error(Errno::EPERM);
     }
 
     fn fallocate(
         &self,
-        _req: &Request,
+        req: &Request,
         ino: INodeNo,
         _fh: FileHandle,
         _offset: u64,
@@ -623,14 +613,14 @@ impl Filesystem for TenureFs {
         _mode: i32,
         reply: ReplyEmpty,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         let reply = self.watch.reads("fallocate", About::Ino(ino), reply);
         reply.error(Errno::ENOSYS);
     }
 
     fn ioctl(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         _fh: FileHandle,
         _flags: IoctlFlags,
@@ -639,27 +629,27 @@ impl Filesystem for TenureFs {
         _out_size: u32,
         reply: ReplyIoctl,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         reply.error(Errno::ENOTTY);
     }
 
     fn lseek(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino: INodeNo,
         _fh: FileHandle,
         _offset: i64,
         _whence: i32,
         reply: ReplyLseek,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         // The kernel then takes a file for one without holes.
         reply.error(Errno::ENOSYS);
     }
 
     fn copy_file_range(
         &self,
-        _req: &Request,
+        req: &Request,
         _ino_in: INodeNo,
         _fh_in: FileHandle,
         _offset_in: u64,
@@ -670,7 +660,7 @@ impl Filesystem for TenureFs {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        let _turn = self.crew.turn();
+        let _turn = self.crew.turn(req.pid());
         // The kernel then reads and writes.
         reply.error(Errno::ENOSYS);
     }

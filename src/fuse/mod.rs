@@ -27,6 +27,7 @@ use crate::store::front::{Front, Holders};
 use crate::store::{LOCK_DIR, Store};
 
 mod attr;
+mod companion;
 mod copies;
 mod crew;
 mod fs_impl;

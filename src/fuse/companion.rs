@@ -1,0 +1,303 @@
+//! The thread that serves requests, on the processor of a client that makes one after the other.
+//!
+//! Client and node take turns, so each waits for the other to be woken. On one processor that takes
+//! a third of the time that it takes across two (measured, see bench/RESULTS.md), but left alone the
+//! scheduler moves the client to the processor that is idle as soon as it is woken. So while one
+//! client has a run of requests, the thread that serves them stays on its processor, and is of the
+//! class (SCHED_IDLE) that the scheduler lets a woken client displace at once.
+//!
+//! A thread of that class gets nearly nothing of a processor that others want too. So the crew's
+//! monitor looks every millisecond: no request served since, and the thread is as it was, for a
+//! while that is doubled each time.
+//!
+//! Invariants:
+//! - `active` names the only thread that may be of that class. A thread that finds itself not named
+//!   any more makes itself as it was.
+//! - Without CAP_SYS_NICE, which it takes to come back from that class, nothing is done.
+
+use std::cell::Cell;
+use std::mem::{size_of, zeroed};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+use crate::clock;
+
+/// Requests of one client in a row with which a run begins, and after which its processor is looked
+/// up again.
+const RUN: u32 = 64;
+/// The first and the longest pause after a run in which the thread was kept from the processor.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// Number of the capability CAP_SYS_NICE.
+const CAP_SYS_NICE: u32 = 23;
+
+/// See the module.
+pub(super) struct Companion {
+    able: bool,
+    /// Processors that the threads may use.
+    everywhere: libc::cpu_set_t,
+    /// ID of the thread that is with its client; 0: none.
+    active: AtomicI32,
+    /// In nanoseconds of [`clock::boot_time`]: no run begins before.
+    rest_until: AtomicU64,
+    /// Nanoseconds.
+    pause: AtomicU64,
+}
+
+/// What a thread knows of the client whose request it serves.
+#[derive(Clone, Copy, Default)]
+struct Served {
+    client: u32,
+    count: u32,
+    /// The processor that the thread stays on.
+    processor: Option<usize>,
+}
+
+thread_local! {
+    static SERVED: Cell<Served> = const { Cell::new(Served { client: 0, count: 0, processor: None }) };
+}
+
+impl Companion {
+    pub fn new() -> Companion {
+        let everywhere = affinity();
+        Companion {
+            able: everywhere.is_some() && has_capability(CAP_SYS_NICE),
+            // SAFETY: a set of processors is valid with all bits zero.
+            everywhere: everywhere.unwrap_or_else(|| unsafe { zeroed() }),
+            active: AtomicI32::new(0),
+            rest_until: AtomicU64::new(0),
+            pause: AtomicU64::new(nanos(FIRST_PAUSE)),
+        }
+    }
+
+    /// This thread serves a request of this client's thread; 0: nobody knows which.
+    pub fn note(&self, client: u32) {
+        if !self.able {
+            return;
+        }
+        let mut served = SERVED.get();
+        if client != served.client || client == 0 {
+            if served.processor.is_some() {
+                self.leave();
+            }
+            served = Served {
+                client,
+                ..Served::default()
+            };
+        } else {
+            served.count += 1;
+            if served.count >= RUN {
+                served.count = 0;
+                served.processor = self.accompany(client, served.processor);
+            }
+        }
+        SERVED.set(served);
+    }
+
+    /// No request was served for a while.
+    pub fn note_stall(&self) {
+        let thread = self.active.swap(0, SeqCst);
+        if thread == 0 {
+            return;
+        }
+        self.restore(thread);
+        let pause = self.pause.load(SeqCst);
+        self.rest_until
+            .store(clock::boot_time().saturating_add(pause), SeqCst);
+        self.pause
+            .store((pause * 2).min(nanos(LONGEST_PAUSE)), SeqCst);
+    }
+
+    /// Goes to the client's processor, or stays there; which it is, if it is one.
+    fn accompany(&self, client: u32, processor: Option<usize>) -> Option<usize> {
+        let this = thread_id();
+        if processor.is_some() && self.active.load(SeqCst) != this {
+            self.restore(this);
+            return None;
+        }
+        if processor.is_none() && clock::boot_time() < self.rest_until.load(SeqCst) {
+            return None;
+        }
+        let Some(its) = processor_of(client) else {
+            return processor;
+        };
+        if processor == Some(its) {
+            // A long run: what kept it from the processor before does not any more.
+            self.pause.store(nanos(FIRST_PAUSE), SeqCst);
+            return processor;
+        }
+        if processor.is_none()
+            && self
+                .active
+                .compare_exchange(0, this, SeqCst, SeqCst)
+                .is_err()
+        {
+            return None;
+        }
+        if !stay_on(its) || !set_class(this, libc::SCHED_IDLE) {
+            self.leave();
+            return None;
+        }
+        if self.active.load(SeqCst) != this {
+            // A stall was noticed just now.
+            self.restore(this);
+            return None;
+        }
+        Some(its)
+    }
+
+    fn leave(&self) {
+        let this = thread_id();
+        // Fails if the monitor was first.
+        let _ = self.active.compare_exchange(this, 0, SeqCst, SeqCst);
+        self.restore(this);
+    }
+
+    fn restore(&self, thread: i32) {
+        if !set_class(thread, libc::SCHED_OTHER) {
+            tracing::warn!("a thread that serves requests stays in the class SCHED_IDLE");
+        }
+        // SAFETY: reads a set of this size that outlives the call. Fails if the thread has ended.
+        unsafe {
+            libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &self.everywhere);
+        }
+    }
+}
+
+fn nanos(time: Duration) -> u64 {
+    time.as_nanos() as u64
+}
+
+fn thread_id() -> i32 {
+    // SAFETY: takes nothing and cannot fail.
+    unsafe { libc::gettid() }
+}
+
+fn affinity() -> Option<libc::cpu_set_t> {
+    // SAFETY: a set of processors is valid with all bits zero, and the call fills one of this size
+    // that outlives it.
+    unsafe {
+        let mut set: libc::cpu_set_t = zeroed();
+        (libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) == 0).then_some(set)
+    }
+}
+
+/// Has this thread run on this processor alone; whether that can be.
+fn stay_on(processor: usize) -> bool {
+    if processor >= libc::CPU_SETSIZE as usize {
+        return false;
+    }
+    // SAFETY: the number is one of the set's; the call reads a set of this size that outlives it.
+    unsafe {
+        let mut set: libc::cpu_set_t = zeroed();
+        libc::CPU_SET(processor, &mut set);
+        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) == 0
+    }
+}
+
+fn set_class(thread: i32, class: i32) -> bool {
+    // SAFETY: all bits zero are a valid parameter, which outlives the call.
+    unsafe {
+        let parameter: libc::sched_param = zeroed();
+        libc::sched_setscheduler(thread, class, &parameter) == 0
+    }
+}
+
+/// The processor that a thread runs on, or ran on last.
+fn processor_of(thread: u32) -> Option<usize> {
+    // The 39th field; the second, in parentheses, may be of any characters (proc_pid_stat(5)).
+    let text = std::fs::read_to_string(format!("/proc/{thread}/stat")).ok()?;
+    let (_, fields) = text.rsplit_once(')')?;
+    fields.split_ascii_whitespace().nth(36)?.parse().ok()
+}
+
+fn has_capability(number: u32) -> bool {
+    let text = std::fs::read_to_string("/proc/thread-self/status").unwrap_or_default();
+    let effective = text.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    bits.is_some_and(|bits| bits >> number & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn class() -> i32 {
+        // SAFETY: takes a number only.
+        unsafe { libc::sched_getscheduler(0) }
+    }
+
+    fn processors() -> i32 {
+        // SAFETY: counts the bits of a set that outlives the call.
+        affinity().map_or(0, |set| unsafe { libc::CPU_COUNT(&set) })
+    }
+
+    /// A thread of its own, whose class and processors the others do not share.
+    fn alone(test: impl FnOnce() + Send + 'static) {
+        std::thread::spawn(test).join().unwrap();
+    }
+
+    #[test]
+    fn a_run_of_one_client_is_accompanied_until_another_comes() {
+        alone(|| {
+            let companion = Companion::new();
+            if !companion.able {
+                return;
+            }
+            let (before, client) = (processors(), std::process::id());
+            for _ in 0..=RUN {
+                assert_eq!(class(), libc::SCHED_OTHER);
+                companion.note(client);
+            }
+            assert_eq!((class(), processors()), (libc::SCHED_IDLE, 1));
+            companion.note(1);
+            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
+            for _ in 0..10 * RUN {
+                companion.note(0);
+            }
+            assert_eq!(class(), libc::SCHED_OTHER, "a client that nobody knows");
+        });
+    }
+
+    #[test]
+    fn after_a_stall_the_thread_is_as_it_was_and_stays_so_for_a_while() {
+        alone(|| {
+            let companion = Companion::new();
+            if !companion.able {
+                return;
+            }
+            let (before, client) = (processors(), std::process::id());
+            companion.note_stall();
+            (0..=RUN).for_each(|_| companion.note(client));
+            assert_eq!(class(), libc::SCHED_IDLE);
+            companion.note_stall();
+            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
+            (0..10 * RUN).for_each(|_| companion.note(client));
+            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
+            companion.rest_until.store(0, SeqCst);
+            (0..=RUN).for_each(|_| companion.note(client));
+            assert_eq!(class(), libc::SCHED_IDLE);
+        });
+    }
+
+    #[test]
+    fn one_thread_at_a_time_accompanies_a_client() {
+        alone(|| {
+            let companion = Companion::new();
+            if !companion.able {
+                return;
+            }
+            let client = std::process::id();
+            (0..=RUN).for_each(|_| companion.note(client));
+            assert_eq!(class(), libc::SCHED_IDLE);
+            std::thread::scope(|s| {
+                s.spawn(|| {
+                    // It inherits the class.
+                    companion.restore(thread_id());
+                    (0..10 * RUN).for_each(|_| companion.note(client));
+                    assert_eq!(class(), libc::SCHED_OTHER);
+                });
+            });
+        });
+    }
+}
