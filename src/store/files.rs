@@ -160,12 +160,7 @@ impl Database {
 
     /// Of a file that has become another. A connection begins with the header, and an error there
     /// would end the process of one that has mapped the file: it finds no database instead.
-    fn read_replaced(
-        &self,
-        f: &DbFile,
-        offset: u64,
-        buf: &mut [u8],
-    ) -> Result<usize, StoreError> {
+    fn read_replaced(&self, f: &DbFile, offset: u64, buf: &mut [u8]) -> Result<usize, StoreError> {
         if offset >= FIRST_READ {
             return Err(StoreError::Replaced(self.mount_name(f.kind)));
         }
