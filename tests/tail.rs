@@ -371,6 +371,42 @@ fn what_was_committed_past_a_dead_primary_is_set_aside() {
     assert!(a.log().contains("is taken up"), "{}", a.log());
 }
 
+/// A node that is frozen loses its lease, and stops nobody meanwhile.
+#[test]
+fn what_was_committed_past_a_frozen_primary_is_set_aside() {
+    let service = Service::start(Kind::Etcd);
+    let cluster = Cluster::new(180);
+    let lines = Kind::Etcd.lines(service.address(), "tenure/test");
+    let start = |name| cluster.start(tail(Options::candidate(name, &lines)));
+    let a = start("a");
+    await_primary(&a, SOON);
+    create(&a);
+    let b = start("b");
+    await_following(&b, &a);
+    wait_same_pos(&a, &b, DB);
+    let mut writer = Session::open(&a.db(DB), cluster.dir());
+    let write = "UPDATE counter SET n = n + 1";
+    writer.run("PRAGMA synchronous=NORMAL").unwrap();
+    writer.run(write).unwrap();
+    wait_same_pos(&a, &b, DB);
+    a.freeze(true);
+    await_primary(&b, SOON);
+    writer.run(write).unwrap();
+    sqlite3(&b.db(DB), "CREATE TABLE other (x);");
+    a.freeze(false);
+    wait_until("an error", SOON, || match writer.run(write) {
+        Ok(_) => Err("committed"),
+        Err(e) => {
+            println!("{e}");
+            Ok(())
+        }
+    });
+    await_following(&a, &b);
+    common::assert_same(&b, &a, DB);
+    assert!(a.metric("tenure_divergent_transactions_total") > 0.0);
+    assert_eq!(sqlite3(&a.db(DB), "SELECT n FROM counter;"), "1\n");
+}
+
 #[test]
 fn a_file_system_without_passthrough_falls_back_and_says_so() {
     let cluster = Cluster::new(60);

@@ -469,7 +469,7 @@ impl Database {
         };
         let pass = self.begin_commit()?;
         if incoming.header.is_snapshot() {
-            self.begin_snapshot();
+            self.begin_snapshot()?;
         }
         self.apply_in_place(locks, ino, &mut Group::of_one(&captured, &mut incoming))?;
         self.verdict(&pass)?;
@@ -514,7 +514,7 @@ impl Database {
         let captured = incoming.captured(true);
         let pass = self.begin_commit()?;
         if incoming.header.is_snapshot() {
-            self.begin_snapshot();
+            self.begin_snapshot()?;
         }
         self.apply_to_wal(locks, ino, &captured, &mut incoming)?;
         self.log().flush_wait()?;

@@ -9,7 +9,8 @@
 //! Big-endian, CRC-64/GO-ISO. The file counts from the moment when all of it is on disk: that is
 //! the commit of all parts. Each part is then logged as a transaction of its database, and the file
 //! is removed. A start finishes what it finds: a part that the log has is skipped, so that doing it
-//! twice does no harm.
+//! twice does no harm. Therefore a removal is not flushed, but for one moment: before a snapshot of
+//! another history takes a database's TXIDs back ([`flush_removals`]).
 
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
@@ -170,6 +171,15 @@ impl Drop for Intent {
             let _ = self.disk.remove_file(&self.path);
         }
     }
+}
+
+/// From now on no start finds an intent that was removed.
+pub(super) fn flush_removals(disk: &dyn Disk, data_dir: &Path) -> Result<(), StoreError> {
+    let dir = data_dir.join("super");
+    if disk.exists(&dir) {
+        sync_dir(disk, &dir)?;
+    }
+    Ok(())
 }
 
 fn encode_table(parts: &[Part]) -> Vec<u8> {

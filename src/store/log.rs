@@ -318,11 +318,11 @@ impl Log {
         };
         let new = Segment::create(&*self.disk, self.dir.join(name), salt, min_txid, max_txid)?;
         if let Some(old) = inner.segments.back_mut() {
-            // The unused rest of the preallocation is given back.
-            if let Err(e) = old.file.set_len(old.tail) {
-                tracing::debug!(path = %old.path.display(), error = %e, "log segment not trimmed");
+            if let Err(e) = old.end() {
+                // Empty, it says nothing.
+                let _ = self.disk.remove_file(&new.path);
+                return Err(StoreError::io("end log segment", &old.path)(e));
             }
-            old.allocated = old.tail;
             inner.unsynced.push(old.file.clone());
         }
         inner.unsynced.push(dir);

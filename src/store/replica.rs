@@ -25,6 +25,7 @@ use super::capture::Captured;
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
 use super::group::Group;
+use super::intent;
 use super::receive::Incoming;
 use super::shm::SharedIndex;
 use super::sums::SumsHeader;
@@ -250,7 +251,7 @@ impl Database {
         };
         let captured = incoming.captured(was_wal);
         if incoming.header.is_snapshot() {
-            self.begin_snapshot();
+            self.begin_snapshot()?;
         }
         if captured.commit == 0 {
             self.append_incoming(incoming, true)?;
@@ -276,7 +277,8 @@ impl Database {
     }
 
     /// A snapshot is to take the place of everything.
-    pub(super) fn begin_snapshot(&self) {
+    pub(super) fn begin_snapshot(&self) -> Result<(), StoreError> {
+        intent::flush_removals(self.disk(), self.context.options.data_dir.as_path())?;
         self.forget_captured();
         // The last checkpoint may be of another history, and say nothing of this log.
         let mut st = self.lock();
@@ -284,6 +286,7 @@ impl Database {
             sequence: st.saved.sequence,
             ..Default::default()
         };
+        Ok(())
     }
 
     /// Has a WAL if the database asks for one, and gives up one that it asks for no more.

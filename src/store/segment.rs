@@ -380,6 +380,17 @@ impl Segment {
         self.tail += h.disk_size();
     }
 
+    /// Another segment follows: what is behind the last record goes. That is the rest of the
+    /// preallocation, and perhaps a part of a record that could not be written, which a start that
+    /// reads no bodies would take for the one that the next segment begins with.
+    pub fn end(&mut self) -> std::io::Result<()> {
+        self.file
+            .set_len(self.tail)
+            .or_else(|_| self.file.write_all_at(&[0; RECORD_HEADER_SIZE], self.tail))?;
+        self.allocated = self.tail;
+        Ok(())
+    }
+
     /// Takes the last record off again.
     pub fn pop(&mut self) {
         if let Some(offset) = self.offsets.pop() {

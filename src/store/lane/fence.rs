@@ -99,7 +99,9 @@ impl Store {
         for db in self.databases() {
             loop {
                 db.catch_up()?;
-                if !db.has_unpublished()? {
+                if !db.has_unpublished()? || !db.has_writer() {
+                    // Who published has given the lock up since.
+                    db.catch_up()?;
                     break;
                 }
                 if clock::now() >= deadline {
@@ -242,6 +244,15 @@ impl Database {
         st.files.wal = None;
         st.wal.reset();
         st.lane = None;
+    }
+
+    /// Whether anybody holds the lock of the one writer; also if it cannot be told. What stands in
+    /// the WAL unpublished is else a dead writer's.
+    fn has_writer(&self) -> bool {
+        let free = self
+            .open_in_mount(FileKind::Shm)
+            .and_then(|shm| locks::is_free(shm.as_fd(), WAL_WRITE_LOCK, 1));
+        !free.unwrap_or(false)
     }
 
     /// Takes the WAL index away from those who have it, when the database is no more.

@@ -169,6 +169,33 @@ fn every_step_of_a_transaction_over_two_databases() {
     exhaust("ATTACH", 2, &[Open, WriteBoth, WriteBoth]);
 }
 
+/// The removal of its intent is not on disk yet when a snapshot takes the TXIDs back to before it.
+#[test]
+fn a_transaction_over_two_databases_that_is_done_does_not_come_back() {
+    let source = primary("DELETE", 0);
+    let mut world = World::new(7, &["a.db", "b.db"]);
+    play(
+        &mut world,
+        &[Open, Write, WriteBoth, Write, WriteBoth, Close],
+    );
+    let last = world.store().database("a.db").unwrap().pos();
+    // The histories of the models end here.
+    world.models.clear();
+    world.pairs.clear();
+    let store = world.store().clone();
+    store.set_role(Role::Replica { hostname: None });
+    assert!(follow(&store, &source, false));
+    drop(store);
+    world.crash(Crash::Power(Keep::Nothing), &mut |_| None);
+    for name in ["a.db", "b.db"] {
+        let db = world.store().database(name).unwrap();
+        assert_eq!(db.broken(), None, "{name}");
+    }
+    let pos = world.store().database("a.db").unwrap().pos();
+    assert_eq!(pos, source.image.0);
+    assert!(pos.txid < last.txid);
+}
+
 /// A start after a crash at any step finishes all of a transaction, or nothing, whatever it could not
 /// read.
 #[test]
