@@ -157,7 +157,11 @@ impl Database {
         incoming: &Incoming,
         here: Pos,
     ) -> Result<Option<Vec<LogRecord>>, StoreError> {
-        let reaches = incoming.header.max_txid;
+        let mut reaches = incoming.header.max_txid;
+        if here.txid == reaches && here != incoming.pos() {
+            // It has another transaction in the last one's place.
+            reaches -= 1;
+        }
         let first = self.log().first_txid();
         if here.txid > reaches && first > reaches.saturating_add(1) {
             return Ok(None);
