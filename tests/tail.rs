@@ -81,6 +81,24 @@ fn commits_cost_no_requests() {
     pair.assert_same(DB);
 }
 
+/// Without an index in a file: the frames themselves say what is committed.
+#[test]
+fn the_exclusive_locking_mode_is_followed_over_restarts_of_the_wal() {
+    let pair = pair(60);
+    create(&pair.primary);
+    let mut session = Session::open(&pair.primary.db(DB), pair.cluster.dir());
+    session.run("PRAGMA locking_mode=EXCLUSIVE").unwrap();
+    session.run("PRAGMA wal_autocheckpoint=3").unwrap();
+    for _ in 0..50 {
+        session.run("UPDATE counter SET n = n + 1").unwrap();
+    }
+    pair.assert_same(DB);
+    drop(session);
+    pair.assert_same(DB);
+    let count = sqlite3(&pair.replica.db(DB), "SELECT n FROM counter");
+    assert_eq!(count, "50\n");
+}
+
 /// Commits, checkpoints of every kind, growth and shrinking from three connections at a time, at all
 /// settings of `synchronous`.
 #[test]

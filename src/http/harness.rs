@@ -72,8 +72,15 @@ pub(crate) struct TestNode {
 impl TestNode {
     /// A store that nobody serves yet.
     pub(crate) fn new() -> TestNode {
+        TestNode::with(|_| {})
+    }
+
+    /// The same, with other settings of the store.
+    pub(crate) fn with(set: impl FnOnce(&mut Options)) -> TestNode {
         let dir = tempfile::tempdir().unwrap();
-        let store = Store::open(Options::new(dir.path())).unwrap();
+        let mut options = Options::new(dir.path());
+        set(&mut options);
+        let store = Store::open(options).unwrap();
         let status = watch::Sender::new(Status::default());
         let (commands, queue) = role::commands(status.subscribe());
         TestNode {

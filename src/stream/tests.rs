@@ -556,7 +556,7 @@ async fn a_primary_creates_a_bounded_number_of_databases() {
 
 #[tokio::test]
 async fn a_large_transaction_is_sent_piece_by_piece() {
-    let node = TestNode::new();
+    let node = TestNode::with(|options| options.compress = false);
     node.seed("a.db", &golden("delete-65536-lz4")[..1]).await;
     let pos = node.pos("a.db");
     // 40 pages of 64 KiB that do not compress.
@@ -597,11 +597,12 @@ async fn a_large_transaction_is_sent_piece_by_piece() {
         )
         .await
     });
-    let mut bytes = Vec::new();
+    let (mut bytes, began) = (Vec::new(), std::time::Instant::now());
     let mut stop = Some(stop);
     while let Some(piece) = timeout(MINUTE, taken.recv()).await.unwrap() {
         assert!(piece.len() <= 66_000, "a piece of {} bytes", piece.len());
         bytes.extend_from_slice(&piece);
+        assert!(began.elapsed() < MINUTE, "heartbeats, and no file");
         if bytes.len() > file.len() {
             stop = None;
         }

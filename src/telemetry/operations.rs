@@ -97,7 +97,8 @@ impl OperationLog {
         }
     }
 
-    /// Waits, at most `limit`, until all that was recorded is in the file; whether it is.
+    /// Waits, at most `limit`, until all that was recorded is in the file, and older files are
+    /// compressed; whether it is so.
     pub fn flush(&self, limit: Duration) -> bool {
         let deadline = Instant::now() + limit;
         let (done, answer) = sync_channel(1);
@@ -143,6 +144,7 @@ impl Writer {
                 Message::Operation(operation) => self.add(&operation),
                 Message::Flush(done) => {
                     self.write();
+                    self.file.join();
                     // Nobody waits for it any more, perhaps.
                     let _ = done.try_send(());
                 }

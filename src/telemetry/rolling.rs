@@ -99,7 +99,7 @@ impl Rolling {
     }
 
     /// Waits for the thread that compresses.
-    fn join(&mut self) {
+    pub(super) fn join(&mut self) {
         if let Some(thread) = self.compressing.take()
             && thread.join().is_err()
         {
