@@ -46,13 +46,14 @@ pub(super) fn set_immutable(fd: BorrowedFd<'_>, immutable: bool) -> io::Result<(
         true => flags | IMMUTABLE,
         false => flags & !IMMUTABLE,
     };
-    // SAFETY: the call reads a number that outlives it; the descriptor is open.
-    if wanted != flags
-        && unsafe { libc::ioctl(fd.as_raw_fd(), libc::FS_IOC_SETFLAGS, &wanted) } != 0
-    {
-        return Err(io::Error::last_os_error());
+    if wanted == flags {
+        return Ok(());
     }
-    Ok(())
+    // SAFETY: the call reads a number that outlives it; the descriptor is open.
+    match unsafe { libc::ioctl(fd.as_raw_fd(), libc::FS_IOC_SETFLAGS, &wanted) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Whether writers can be stopped in this directory's file system.
