@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -270,7 +270,7 @@ impl TenureFs {
         if let Some(id) = &*backing {
             return Ok(id.clone());
         }
-        let id = Arc::new(open(f.file.file.as_fd())?);
+        let id = Arc::new(open(f.file.file.descriptor()?)?);
         *backing = Some(id.clone());
         Ok(id)
     }

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs::Metadata;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -113,13 +113,11 @@ struct NodeFile {
     file: File,
 }
 
-impl AsFd for NodeFile {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
-
 impl DiskFile for NodeFile {
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        self.file.descriptor()
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         self.file.read_at(buf, offset)
     }

@@ -10,7 +10,7 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs::Metadata;
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsFd;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -61,8 +61,13 @@ pub trait Disk: fmt::Debug + Send + Sync {
     fn metadata(&self, path: &Path) -> io::Result<Metadata>;
 }
 
-/// An open file of a [`Disk`]. Its descriptor is for locks and mappings.
-pub trait DiskFile: fmt::Debug + Send + Sync + AsFd {
+/// An open file of a [`Disk`].
+pub trait DiskFile: fmt::Debug + Send + Sync {
+    /// Its descriptor, for locks, mappings and the kernel: the same as long as there is the file.
+    ///
+    /// # Errors
+    /// If it has to be opened again, and that fails.
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>>;
     /// Copies bytes out; returns how many, fewer than asked for before the end only by chance.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
     /// Writes bytes; returns how many.

@@ -278,18 +278,12 @@ impl Pooled {
     }
 }
 
-impl AsFd for Pooled {
-    /// The descriptor, which is the file's for good from now on.
-    ///
-    /// # Panics
-    /// If the file cannot be opened any more.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        let _names = self.shared.names.read();
-        self.pin().expect("a file that was open before").as_fd()
-    }
-}
-
 impl DiskFile for Pooled {
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        let _names = self.shared.names.read();
+        Ok(self.pin()?.as_fd())
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         DiskFile::read_at(&*self.file()?, buf, offset)
     }
@@ -418,7 +412,7 @@ mod tests {
     fn a_descriptor_that_was_asked_for_stays() {
         let (pool, dir) = (Pool::default(), tempfile::tempdir().unwrap());
         let files = many(&pool, dir.path(), true);
-        let fd = files[0].as_fd();
+        let fd = files[0].descriptor().unwrap();
         files.iter().for_each(|file| drop(content(file)));
         let other = fs::File::from(fd.try_clone_to_owned().unwrap());
         assert_eq!(other.metadata().unwrap().len(), 1);

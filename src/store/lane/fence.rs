@@ -56,6 +56,11 @@ pub(super) fn set_immutable(fd: BorrowedFd<'_>, immutable: bool) -> io::Result<(
     }
 }
 
+/// The same for a file of a database.
+fn set_file_immutable(file: &DbFile, immutable: bool) -> io::Result<()> {
+    set_immutable(file.file.descriptor()?, immutable)
+}
+
 /// Whether writers can be stopped in this directory's file system.
 fn probe(dir: &Path) -> io::Result<bool> {
     use std::os::unix::fs::FileExt;
@@ -144,7 +149,7 @@ impl Database {
         if lane.frozen {
             return;
         }
-        match set_immutable(wal.file.as_fd(), true) {
+        match set_file_immutable(wal, true) {
             Ok(()) => lane.frozen = true,
             Err(e) => {
                 tracing::error!(db = self.name, error = %e, "writers could not be stopped");
@@ -157,7 +162,7 @@ impl Database {
         let (Some(lane), Some(wal)) = (&mut st.lane, &st.files.wal) else {
             return;
         };
-        match set_immutable(wal.file.as_fd(), false) {
+        match set_file_immutable(wal, false) {
             Ok(()) => lane.frozen = false,
             Err(e) => {
                 tracing::error!(db = self.name, error = %e, "writers stay stopped");

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -82,7 +82,8 @@ impl Follower {
                 self.0.get_or_init(|| new)
             }
         };
-        let path = format!("/proc/self/fd/{}\0", wal.file.as_fd().as_raw_fd());
+        let descriptor = wal.file.descriptor()?.as_raw_fd();
+        let path = format!("/proc/self/fd/{descriptor}\0");
         let mut watched = inotify.watched.0.lock();
         // SAFETY: a system call on an open descriptor, and a string that ends in a zero and outlives it.
         let watch = unsafe {

@@ -63,13 +63,11 @@ impl SimFile {
     }
 }
 
-impl AsFd for SimFile {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.real.as_fd()
-    }
-}
-
 impl DiskFile for SimFile {
+    fn descriptor(&self) -> io::Result<BorrowedFd<'_>> {
+        Ok(self.real.as_fd())
+    }
+
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
         let mut st = self.sim.state.lock();
         if st.dead || self.life != st.life {
