@@ -89,25 +89,27 @@ fn the_exclusive_locking_mode_is_followed_over_restarts_of_the_wal() {
     let mut session = Session::open(&pair.primary.db(DB), pair.cluster.dir());
     session.run("PRAGMA locking_mode=EXCLUSIVE").unwrap();
     session.run("PRAGMA wal_autocheckpoint=3").unwrap();
-    for _ in 0..50 {
-        session.run("UPDATE counter SET n = n + 1").unwrap();
+    for n in 1..=50 {
+        session.run(&format!("UPDATE counter SET n = {n}")).unwrap();
+        if n % 7 == 0 {
+            wait_same_pos(&pair.primary, &pair.replica, DB);
+            let there = sqlite3(&pair.replica.db(DB), "SELECT n FROM counter");
+            assert_eq!(there, format!("{n}\n"));
+        }
     }
-    pair.assert_same(DB);
     drop(session);
     pair.assert_same(DB);
-    let count = sqlite3(&pair.replica.db(DB), "SELECT n FROM counter");
-    assert_eq!(count, "50\n");
 }
 
-/// Commits, checkpoints of every kind, growth and shrinking from three connections at a time, at all
-/// settings of `synchronous`.
+/// Commits, checkpoints of every kind and growth from three connections at a time, at all settings of
+/// `synchronous`. The database does not shrink: see what SEMANTICS says of that (13).
 #[test]
 fn no_commit_is_missed_over_restarts_of_the_wal() {
     let pair = pair(180);
     let path = pair.primary.db(DB);
     sqlite3(
         &path,
-        "PRAGMA auto_vacuum=FULL; PRAGMA journal_mode=wal; CREATE TABLE t(k INTEGER PRIMARY KEY, v);",
+        "PRAGMA journal_mode=wal; CREATE TABLE t(k INTEGER PRIMARY KEY, v);",
     );
     let deadline = Instant::now() + Duration::from_secs(12);
     let work = |seed: u64| {

@@ -193,7 +193,12 @@ impl TenureFs {
             ),
         };
         match problem {
-            None => self.lanes.store(true, Ordering::Release),
+            None => {
+                tracing::warn!(
+                    "fuse.wal-capture: tail is experimental, and not for databases that shrink (auto_vacuum, VACUUM): see SEMANTICS.md, 13"
+                );
+                self.lanes.store(true, Ordering::Release);
+            }
             Some(problem) => {
                 tracing::warn!("fuse.wal-capture: tail cannot be had, it is gate: {problem}");
             }
