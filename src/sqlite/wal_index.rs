@@ -37,8 +37,6 @@ pub const READ_MARK_UNUSED: u32 = u32::MAX;
 pub const HEADER_COPY_SIZE: usize = COPY_WORDS * 4;
 /// Where the number of frames that checkpoints have copied is in the file, a word of 32 bits.
 pub const N_BACKFILL_OFFSET: u64 = BACKFILL_WORD as u64 * 4;
-/// The same of the number of frames that checkpoints may have copied.
-pub const N_BACKFILL_ATTEMPTED_OFFSET: u64 = BACKFILL_ATTEMPTED_WORD as u64 * 4;
 
 /// The one version of the format.
 const VERSION: u32 = 3_007_000;

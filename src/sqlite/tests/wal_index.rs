@@ -580,5 +580,4 @@ fn a_header_is_read_from_two_copies_that_are_the_same() {
     assert_eq!(IndexHeader::of_copies(&first, &second), None);
     let number = |at: u64| u32::from_ne_bytes(bytes[at as usize..][..4].try_into().unwrap());
     assert_eq!(number(N_BACKFILL_OFFSET), 11);
-    assert_eq!(number(N_BACKFILL_ATTEMPTED_OFFSET), 12);
 }
