@@ -164,6 +164,12 @@ impl Companion {
     }
 }
 
+/// A thread that was started by one which serves requests has the class of that, which nobody would
+/// end: it is as others are from here on.
+pub(super) fn begin_as_usual() {
+    set_class(0, libc::SCHED_OTHER);
+}
+
 fn nanos(time: Duration) -> u64 {
     time.as_nanos() as u64
 }
