@@ -145,6 +145,8 @@ pub struct Segment {
     pub tail: u64,
     /// Bytes preallocated.
     pub allocated: u64,
+    /// Up to here it was written, be it with zeros.
+    pub filled: u64,
 }
 
 impl Segment {
@@ -175,6 +177,7 @@ impl Segment {
             offsets: Vec::new(),
             tail: SEGMENT_HEADER_SIZE,
             allocated: SEGMENT_HEADER_SIZE,
+            filled: SEGMENT_HEADER_SIZE,
         })
     }
 
@@ -223,6 +226,7 @@ impl Segment {
             offsets: Vec::new(),
             tail: SEGMENT_HEADER_SIZE,
             allocated: len,
+            filled: 0,
         };
         let end = loop {
             match seg.record_header_at(seg.tail, len) {
