@@ -147,8 +147,10 @@ pub enum Event {
 
 /// Events that a reader may fall behind before it is cut off.
 pub const EVENT_CAPACITY: usize = 1024;
-/// How long a commit that nobody waits for may stay unflushed.
+/// How long a commit that nobody waits for stays unflushed: a single one, and at most, while one
+/// follows the other. A flush takes a processor's time, and moves writers from the one that they are on.
 const LAZY_FLUSH: Duration = Duration::from_millis(1);
+const LAZIEST_FLUSH: Duration = Duration::from_millis(8);
 
 /// Shared by all databases of a node.
 pub struct Context {
@@ -418,10 +420,12 @@ fn flush_all(dbs: Vec<Weak<Database>>) {
 
 fn flusher(context: Weak<Context>) -> impl FnOnce() {
     move || {
+        let mut pause = LAZY_FLUSH;
         loop {
             let Some(c) = context.upgrade() else { return };
             let dbs = std::mem::take(&mut *c.unflushed.lock());
             if dbs.is_empty() {
+                pause = LAZY_FLUSH;
                 c.flusher_busy.store(false, Ordering::Release);
                 // Looked at again after the flag is down, so that no wake-up is lost.
                 if c.unflushed.lock().is_empty() {
@@ -431,8 +435,9 @@ fn flusher(context: Weak<Context>) -> impl FnOnce() {
                 continue;
             }
             drop(c);
-            std::thread::sleep(LAZY_FLUSH);
+            std::thread::sleep(pause);
             flush_all(dbs);
+            pause = (pause * 2).min(LAZIEST_FLUSH);
         }
     }
 }
