@@ -6,9 +6,12 @@
 //! client has a run of requests, the thread that serves them stays on its processor, and is of the
 //! class (SCHED_IDLE) that the scheduler lets a woken client displace at once.
 //!
+//! It moves it all the same when anything else wakes up for a moment, so the thread looks whether it
+//! has to follow, and the node's other threads wake up rarely while there is a run.
+//!
 //! A thread of that class gets nearly nothing of a processor that others want too. So the crew's
-//! monitor looks every millisecond: no request served since, and the thread is as it was, for a
-//! while that is doubled each time.
+//! monitor looks from time to time: no request served since, and the thread is as it was, for a
+//! while that is doubled each time if it was kept from the processor.
 //!
 //! Invariants:
 //! - `active` names the only thread that may be of that class. A thread that finds itself not named
@@ -22,9 +25,10 @@ use std::time::Duration;
 
 use crate::clock;
 
-/// Requests of one client in a row with which a run begins, and after which its processor is looked
-/// up again.
-const RUN: u32 = 64;
+/// Requests of one client in a row with which a run begins.
+const RUN: u32 = 16;
+/// Requests in a run after which the thread sees whether it is still on the client's processor.
+const LOOK: u32 = 8;
 /// The first and the longest pause after a run in which the thread was kept from the processor.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -51,10 +55,12 @@ struct Served {
     count: u32,
     /// The processor that the thread stays on.
     processor: Option<usize>,
+    /// How often the thread had gone to sleep when that was last seen to.
+    slept: i64,
 }
 
 thread_local! {
-    static SERVED: Cell<Served> = const { Cell::new(Served { client: 0, count: 0, processor: None }) };
+    static SERVED: Cell<Served> = const { Cell::new(Served { client: 0, count: 0, processor: None, slept: 0 }) };
 }
 
 impl Companion {
@@ -86,12 +92,36 @@ impl Companion {
             };
         } else {
             served.count += 1;
-            if served.count >= RUN {
+            let enough = match served.processor {
+                Some(_) => LOOK,
+                None => RUN,
+            };
+            if served.count >= enough {
                 served.count = 0;
-                served.processor = self.accompany(client, served.processor);
+                // On one processor the next request is there when the last one is answered.
+                let before = std::mem::replace(&mut served.slept, times_slept());
+                let is_apart = served.slept - before >= i64::from(LOOK / 2);
+                if served.processor.is_none() || is_apart || self.active.load(SeqCst) != thread_id()
+                {
+                    served.processor = self.accompany(client, served.processor);
+                }
             }
         }
         SERVED.set(served);
+    }
+
+    /// Whether a client is accompanied: nobody else makes requests.
+    pub fn is_active(&self) -> bool {
+        self.active.load(SeqCst) != 0
+    }
+
+    /// The client waits for the disk now: a run of its ends, and another is yet to begin. Where each
+    /// commit does so there is nothing to be won.
+    pub fn note_disk(&self) {
+        let served = SERVED.take();
+        if served.processor.is_some() {
+            self.leave();
+        }
     }
 
     /// No request was served for a while.
@@ -100,7 +130,13 @@ impl Companion {
         if thread == 0 {
             return;
         }
+        let is_kept_from_it =
+            field_of_stat(&format!("self/task/{thread}"), 3) == Some("R".to_owned());
         self.restore(thread);
+        if !is_kept_from_it {
+            // It waits for the disk, or for the client.
+            return;
+        }
         let pause = self.pause.load(SeqCst);
         self.rest_until
             .store(clock::boot_time().saturating_add(pause), SeqCst);
@@ -179,6 +215,16 @@ fn thread_id() -> i32 {
     unsafe { libc::gettid() }
 }
 
+/// How often this thread went to sleep so far.
+fn times_slept() -> i64 {
+    // SAFETY: the call fills a structure that is valid with all bits zero and outlives it.
+    unsafe {
+        let mut usage: libc::rusage = zeroed();
+        libc::getrusage(libc::RUSAGE_THREAD, &mut usage);
+        usage.ru_nvcsw
+    }
+}
+
 fn affinity() -> Option<libc::cpu_set_t> {
     // SAFETY: a set of processors is valid with all bits zero, and the call fills one of this size
     // that outlives it.
@@ -211,10 +257,16 @@ fn set_class(thread: i32, class: i32) -> bool {
 
 /// The processor that a thread runs on, or ran on last.
 fn processor_of(thread: u32) -> Option<usize> {
-    // The 39th field; the second, in parentheses, may be of any characters (proc_pid_stat(5)).
+    field_of_stat(&thread.to_string(), 39)?.parse().ok()
+}
+
+/// A field, from the third on, of a thread's /proc/…/stat; see proc_pid_stat(5).
+fn field_of_stat(thread: &str, number: usize) -> Option<String> {
     let text = std::fs::read_to_string(format!("/proc/{thread}/stat")).ok()?;
+    // The second, in parentheses, may be of any characters.
     let (_, fields) = text.rsplit_once(')')?;
-    fields.split_ascii_whitespace().nth(36)?.parse().ok()
+    let field = fields.split_ascii_whitespace().nth(number - 3)?;
+    Some(field.to_owned())
 }
 
 fn has_capability(number: u32) -> bool {
@@ -283,6 +335,26 @@ mod tests {
             companion.rest_until.store(0, SeqCst);
             (0..=RUN).for_each(|_| companion.note(client));
             assert_eq!(class(), libc::SCHED_IDLE);
+        });
+    }
+
+    #[test]
+    fn a_client_that_waits_for_the_disk_is_not_accompanied() {
+        alone(|| {
+            let companion = Companion::new();
+            if !companion.able {
+                return;
+            }
+            let (before, client) = (processors(), std::process::id());
+            for _ in 0..10 {
+                (1..RUN).for_each(|_| companion.note(client));
+                companion.note_disk();
+            }
+            assert_eq!(class(), libc::SCHED_OTHER);
+            (0..=RUN).for_each(|_| companion.note(client));
+            assert_eq!(class(), libc::SCHED_IDLE);
+            companion.note_disk();
+            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
         });
     }
 

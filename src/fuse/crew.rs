@@ -8,7 +8,8 @@
 //!
 //! One thread must not hold everybody up while it waits for a disk, so a monitor looks every
 //! millisecond, while there are requests at all: if no thread is waiting in the kernel and none has
-//! finished a request since it last looked, a parked one is called.
+//! finished a request since it last looked, a parked one is called. It looks more rarely while there
+//! is one client alone: each time that it wakes up the scheduler moves that client away.
 //!
 //! Invariant: `reading` is the number of threads that are, or are about to be, waiting in the
 //! kernel for a request.
@@ -25,6 +26,8 @@ use super::companion::Companion;
 
 /// How often the monitor looks.
 const TICK: Duration = Duration::from_millis(1);
+/// The same while one client alone makes requests.
+const TICK_ALONE: Duration = Duration::from_millis(5);
 /// Ticks without a request after which the monitor sleeps.
 const IDLE_TICKS: u32 = 50;
 
@@ -90,7 +93,10 @@ impl Crew {
                 idle = if busy || served != last { 0 } else { idle + 1 };
                 last = served;
                 if idle < IDLE_TICKS {
-                    std::thread::sleep(TICK);
+                    std::thread::sleep(match crew.companion.is_active() {
+                        true => TICK_ALONE,
+                        false => TICK,
+                    });
                 } else {
                     crew.monitor_sleeps.store(true, Ordering::SeqCst);
                     // Woken by the next request; the time-out only ends it with the crew.
@@ -132,6 +138,11 @@ impl Crew {
         let member = MEMBER.take();
         MEMBER.set(Some(member.unwrap_or_else(|| Member(self.clone()))));
         Turn(self)
+    }
+
+    /// The request that this thread serves waits for the disk.
+    pub fn note_disk(&self) {
+        self.companion.note_disk();
     }
 
     fn call_one(&self) {

@@ -331,6 +331,7 @@ impl Filesystem for TenureFs {
         reply: ReplyEmpty,
     ) {
         let _turn = self.crew.turn(req.pid());
+        self.crew.note_disk();
         let reply = self.watch.reads("fsync", About::Ino(ino), reply);
         match self.nodes.get(ino.0) {
             Some(Node::File(f)) => f.db.sync(&f.file, Box::new(answer(reply))),
