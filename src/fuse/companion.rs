@@ -98,16 +98,23 @@ impl Companion {
             };
             if served.count >= enough {
                 served.count = 0;
-                // On one processor the next request is there when the last one is answered.
-                let before = std::mem::replace(&mut served.slept, times_slept());
-                let is_apart = served.slept - before >= i64::from(LOOK / 2);
-                if served.processor.is_none() || is_apart || self.active.load(SeqCst) != thread_id()
-                {
-                    served.processor = self.accompany(client, served.processor);
-                }
+                self.look(client, &mut served);
             }
         }
         SERVED.set(served);
+    }
+
+    fn look(&self, client: u32, served: &mut Served) {
+        // On one processor the next request is there when the last one is answered.
+        let before = std::mem::replace(&mut served.slept, times_slept());
+        let is_apart = served.slept - before >= i64::from(LOOK / 2);
+        let is_with_it = served.processor.is_some() && self.active.load(SeqCst) == thread_id();
+        if is_with_it && !is_apart {
+            // What kept it from the processor before does not any more.
+            self.pause.store(nanos(FIRST_PAUSE), SeqCst);
+        } else {
+            served.processor = self.accompany(client, served.processor);
+        }
     }
 
     /// Whether a client is accompanied: nobody else makes requests.
@@ -158,8 +165,6 @@ impl Companion {
             return processor;
         };
         if processor == Some(its) {
-            // A long run: what kept it from the processor before does not any more.
-            self.pause.store(nanos(FIRST_PAUSE), SeqCst);
             return processor;
         }
         if processor.is_none()

@@ -154,9 +154,9 @@ impl Database {
         let copied = u32::from_ne_bytes(copied);
         // When a generation begins, its header comes first and then the number.
         let is_its = before == ours && self.published(shm)?.and_then(salts) == ours;
-        if is_its && copied as usize <= st.wal.committed {
-            st.wal.newest.retain(|_, n| n.frame >= copied);
-            st.wal.backfilled = copied as usize;
+        // One that did not copy everything has left out the pages beyond the size that it knew of.
+        if is_its && copied as usize == st.wal.committed {
+            st.wal.newest.clear();
         }
         Ok(())
     }
