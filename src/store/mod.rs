@@ -48,6 +48,7 @@ mod litefs;
 mod lives;
 mod log;
 mod log_recovery;
+mod loose;
 mod mend;
 mod names;
 mod overlay;
@@ -154,6 +155,7 @@ impl Store {
             .disk
             .temporary(&dir)
             .map_err(StoreError::io("write to data directory", &dir))?;
+        loose::clear(&*disk, &dir)?;
         let lives = lives::Lives::open(&disk, &dir)?;
         let context = Context::start(options, lives);
         let store = Store {

@@ -3,7 +3,7 @@
 //! Nothing of the database is touched before the LTX file was read to its end, its checksums were
 //! found right, and it was found to follow this node's position.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use crate::ltx::{self, Decoder, Header, Pos};
@@ -12,13 +12,15 @@ use crate::sqlite::header::DbHeader;
 use super::Store;
 use super::capture::Captured;
 use super::database::{Database, State};
-use super::disk::{File, Reader, Scratch};
+use super::disk::Scratch;
 use super::divergent::Common;
 use super::error::StoreError;
+use super::loose::Loose;
 use super::room::{self, Room};
 
-/// Bytes of a received file that are kept in memory; a larger one is spooled to disk.
-const SPOOL_MEMORY: usize = 8 << 20;
+/// Bytes of a received file that are kept in memory; a larger one is spooled to disk. In tests, whose
+/// files are small, there are some of both kinds.
+const SPOOL_MEMORY: usize = if cfg!(test) { 24 << 10 } else { 8 << 20 };
 /// After how many bytes of one the free space is looked at again.
 const LOOK_EVERY: u64 = 8 << 20;
 
@@ -31,10 +33,10 @@ pub enum Received {
     Known,
 }
 
-/// The bytes of an LTX file, checked.
+/// The bytes of an LTX file: in memory, or in what becomes a log's segment.
 pub(super) struct Spool {
     memory: Vec<u8>,
-    file: Option<File>,
+    file: Option<Loose>,
     size: u64,
     scratch: Scratch,
 }
@@ -53,9 +55,8 @@ impl Spool {
         let at = self.size;
         self.size += data.len() as u64;
         if self.file.is_none() && self.memory.len() + data.len() > SPOOL_MEMORY {
-            let file = self.scratch.file()?;
-            file.write_all_at(&self.memory, 0)?;
-            self.memory = Vec::new();
+            let mut file = Loose::arriving(&self.scratch)?;
+            file.write_all(&std::mem::take(&mut self.memory))?;
             self.file = Some(file);
         }
         if at / LOOK_EVERY != self.size / LOOK_EVERY {
@@ -64,8 +65,8 @@ impl Spool {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
         }
-        match &self.file {
-            Some(file) => file.write_all_at(data, at),
+        match &mut self.file {
+            Some(file) => file.write_all(data),
             None => {
                 self.memory.extend_from_slice(data);
                 Ok(())
@@ -81,7 +82,9 @@ impl Spool {
     /// Copies bytes from `offset` on; returns how many, 0 at the end.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         if let Some(file) = &self.file {
-            return file.read_at(buf, offset);
+            let mut body = file.body();
+            body.skip(offset);
+            return body.read(buf);
         }
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         let rest = self.memory.get(from..).unwrap_or_default();
@@ -91,14 +94,16 @@ impl Spool {
     }
 
     /// The bytes from the beginning.
-    pub fn reader(&mut self) -> io::Result<Box<dyn Read + '_>> {
+    pub fn reader(&self) -> Box<dyn Read + '_> {
         match &self.file {
-            Some(file) => {
-                let reader = Reader::new(file.clone());
-                Ok(Box::new(io::BufReader::with_capacity(256 << 10, reader)))
-            }
-            None => Ok(Box::new(&self.memory[..])),
+            Some(file) => Box::new(io::BufReader::with_capacity(256 << 10, file.body())),
+            None => Box::new(&self.memory[..]),
         }
+    }
+
+    /// What a log may take as it is; `None`: it is in memory.
+    pub fn loose(&mut self) -> Option<&mut Loose> {
+        self.file.as_mut()
     }
 }
 
