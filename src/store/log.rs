@@ -13,7 +13,7 @@
 //! - The newest record is never removed.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -35,9 +35,6 @@ use super::segment::{self, BodyReader, RecordHeader, Segment};
 pub(super) const SEGMENT_SIZE: u64 = 4 << 20;
 /// The segment of a snapshot that is to replace the log.
 pub(super) const REPLACEMENT: &str = "replacement";
-/// The segment of a snapshot that is being written and may replace the log when it is whole. A start
-/// does not look at it.
-const ASIDE: &str = "aside";
 /// How much of a record is gathered before it is written.
 pub(super) const WRITE_BUFFER: usize = 1 << 20;
 
@@ -284,14 +281,9 @@ impl Log {
         ))
     }
 
-    /// Takes a record that was written already, with the segment that it is in: what an appender's
-    /// commit is to others. On an error it is not in the log.
-    pub fn take(
-        &self,
-        loose: &mut Loose,
-        min_txid: u64,
-        max_txid: u64,
-    ) -> Result<(), StoreError> {
+    /// Takes a record that was written already, with the segment that it is in, as an appender's commit
+    /// does with what was written to it.
+    pub fn take(&self, loose: &mut Loose, min_txid: u64, max_txid: u64) -> Result<(), StoreError> {
         let mut inner = self.inner.lock();
         let replaces = self.check_next(&inner, min_txid)?;
         let path = self.next_segment(&mut inner, max_txid, replaces)?;
@@ -299,10 +291,9 @@ impl Log {
         let mut segment = loose
             .seal(self.random.next(), (min_txid, max_txid), flushed)
             .map_err(StoreError::io("write log segment", loose.path()))?;
-        self.disk
-            .rename(loose.path(), &path)
-            .map_err(StoreError::io("rename log segment", loose.path()))?;
-        loose.keep();
+        loose
+            .keep_as(&path)
+            .map_err(StoreError::io("rename log segment", &path))?;
         segment.path = path;
         if replaces {
             return inner.replace(&*self.disk, segment);
@@ -402,50 +393,6 @@ impl Log {
                 }
             })
             .next()
-    }
-
-    /// Writes a segment beside the log whose one record is a snapshot up to `max_txid`. The log is
-    /// not locked meanwhile.
-    pub fn write_aside(
-        &self,
-        max_txid: u64,
-        write: impl FnOnce(&mut dyn Write) -> Result<(), StoreError>,
-    ) -> Result<Segment, StoreError> {
-        let path = self.dir.join(ASIDE);
-        let failed = |e| StoreError::io("write log segment", &path)(e);
-        let mut loose = Loose::create(&self.disk, path.clone()).map_err(failed)?;
-        let mut out = io::BufWriter::with_capacity(WRITE_BUFFER, &mut loose);
-        write(&mut out)?;
-        out.into_inner().map_err(|e| failed(e.into_error()))?;
-        let segment = loose
-            .seal(self.random.next(), (1, max_txid), 0)
-            .and_then(|segment| segment.file.sync_all().map(|()| segment))
-            .map_err(failed)?;
-        loose.keep();
-        Ok(segment)
-    }
-
-    /// Gives up what [`Log::write_aside`] wrote.
-    pub fn forget_aside(&self) {
-        // It is overwritten the next time, should it stay.
-        let _ = self.disk.remove_file(&self.dir.join(ASIDE));
-    }
-
-    /// Puts what [`Log::write_aside`] wrote in the place of the log, which must end with the same
-    /// transaction.
-    pub fn replace_with(&self, mut segment: Segment) -> Result<(), StoreError> {
-        let mut inner = self.inner.lock();
-        assert_eq!(
-            Some(inner.last_txid()),
-            segment.last_txid(),
-            "a snapshot of another position would lose transactions"
-        );
-        let replacement = self.dir.join(REPLACEMENT);
-        self.disk
-            .rename(&segment.path, &replacement)
-            .map_err(StoreError::io("rename log segment", &segment.path))?;
-        segment.path = replacement;
-        inner.replace(&*self.disk, segment)
     }
 
     /// Calls `done` once everything appended so far is on disk: on this thread, before returning,
@@ -675,11 +622,7 @@ impl Inner {
         self.ended = false;
     }
 
-    fn take_place(
-        &mut self,
-        disk: &dyn Disk,
-        mut new: Segment,
-    ) -> Result<(), StoreError> {
+    fn take_place(&mut self, disk: &dyn Disk, mut new: Segment) -> Result<(), StoreError> {
         let max_txid = new.first_max;
         new.file
             .sync_all()

@@ -15,7 +15,8 @@ use super::database::{Database, State};
 use super::disk::Scratch;
 use super::divergent::Common;
 use super::error::StoreError;
-use super::loose::Loose;
+use super::loose::{Loose, LooseFile};
+use super::replica_in_place::Run;
 use super::room::{self, Room};
 
 /// Bytes of a received file that are kept in memory; a larger one is spooled to disk. In tests, whose
@@ -55,7 +56,7 @@ impl Spool {
         let at = self.size;
         self.size += data.len() as u64;
         if self.file.is_none() && self.memory.len() + data.len() > SPOOL_MEMORY {
-            let mut file = Loose::arriving(&self.scratch)?;
+            let mut file = Loose::new(&self.scratch)?;
             file.write_all(&std::mem::take(&mut self.memory))?;
             self.file = Some(file);
         }
@@ -147,13 +148,23 @@ pub(super) struct Incoming {
     /// The change counter in page 1, likewise.
     pub change_counter: Option<u32>,
     pub spool: Spool,
+    /// The database that it makes by itself, if that was written while it came.
+    pub database: Option<LooseFile>,
 }
 
 impl Incoming {
-    pub fn read(scratch: Scratch, from: &mut dyn Read, db: &str) -> Result<Incoming, StoreError> {
+    /// Reads all of it. `is_new`: there is no such database so far, and so nothing is in the way of
+    /// the one that a snapshot makes.
+    pub fn read(
+        scratch: Scratch,
+        from: &mut dyn Read,
+        db: &str,
+        is_new: bool,
+    ) -> Result<Incoming, StoreError> {
         let context = || format!("transaction received for {db}");
         let dir = scratch.dir().to_owned();
-        let mut spool = Spool::new(scratch);
+        let io = |e| StoreError::io("spool a transaction in", &dir)(e);
+        let mut spool = Spool::new(scratch.clone());
         let mut decoder = Decoder::new(Tee {
             from,
             spool: &mut spool,
@@ -162,6 +173,13 @@ impl Incoming {
         .map_err(StoreError::ltx(context()))?;
         let header = *decoder.header();
         room::check(&dir, db, &header)?;
+        let page_size = u64::from(header.page_size);
+        let large = u64::from(header.commit) * page_size > SPOOL_MEMORY as u64;
+        let database = match is_new && header.is_snapshot() && large {
+            true => Some(LooseFile::new(&scratch).map_err(io)?),
+            false => None,
+        };
+        let mut run = database.as_ref().map(|database| Run::new(database.file()));
         let mut page = vec![0u8; header.page_size as usize];
         let mut pages = Vec::new();
         let mut first = None;
@@ -172,11 +190,15 @@ impl Incoming {
             if pgno == 1 {
                 first = DbHeader::parse(&page).ok();
             }
+            if let Some(run) = &mut run {
+                let at = u64::from(pgno - 1) * page_size;
+                run.add(&page, at).map_err(io)?;
+            }
             pages.push((pgno, ltx::page_checksum(pgno, &page)));
         }
+        run.map_or(Ok(()), |mut run| run.write()).map_err(io)?;
         let (mut tee, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
-        tee.spool()
-            .map_err(StoreError::io("spool a transaction in", &dir))?;
+        tee.spool().map_err(io)?;
         ltx::check_transition(&header, &trailer, pages.len() as u32)
             .map_err(StoreError::ltx(context()))?;
         Ok(Incoming {
@@ -186,6 +208,7 @@ impl Incoming {
             wal_mode: first.map(|h| h.is_wal()),
             change_counter: first.map(|h| h.change_counter),
             spool,
+            database,
         })
     }
 
@@ -245,7 +268,8 @@ impl Store {
     /// Blocks on the reader and the disk. Nothing is changed.
     pub fn read_arriving(&self, name: &str, from: &mut dyn Read) -> Result<Arrived, StoreError> {
         super::names::check_database(name)?;
-        let mut incoming = Incoming::read(self.scratch(), from, name)?;
+        let is_new = self.database(name).is_none_or(|db| !db.exists());
+        let mut incoming = Incoming::read(self.scratch(), from, name, is_new)?;
         if self.context.options.compress {
             incoming.compress(name)?;
         }

@@ -412,8 +412,12 @@ impl Database {
     ) -> Result<(), StoreError> {
         // Before it is logged: after that, a full disk would cost the database.
         let size = u64::from(c.commit) * u64::from(c.page_size);
+        let written = incoming.database.take();
         let reserve = |st: &mut State| {
             self.remove_files(st)?;
+            if written.is_some() {
+                return Ok(());
+            }
             self.create_file(st, FileKind::Database)?;
             self.reserve(st, size)
         };
@@ -425,7 +429,12 @@ impl Database {
         }
         let mut st = self.lock();
         st.sums = Default::default();
-        if let Err(e) = self.write_pages(&mut st, &mut Group::of_one(c, incoming)) {
+        // Not before it is logged: a start takes a file that no log explains for damage.
+        let made = match written {
+            Some(database) => self.place_file(&mut st, database, c),
+            None => self.write_pages(&mut st, &mut Group::of_one(c, incoming)),
+        };
+        if let Err(e) = made {
             self.set_broken(&mut st, e.to_string());
             return Err(e);
         }

@@ -209,9 +209,9 @@ fn a_file_that_is_not_whole_changes_nothing() {
     }
 }
 
-/// How many files lie in the data directory that no log has.
-fn arriving(bed: &Bed) -> usize {
-    let dir = bed.dir.path().join("arriving");
+/// How many files lie in the data directory that belong to nothing.
+fn loose(bed: &Bed) -> usize {
+    let dir = bed.dir.path().join("loose");
     std::fs::read_dir(dir).map_or(0, Iterator::count)
 }
 
@@ -234,7 +234,7 @@ fn a_large_file_becomes_a_segment_of_the_log_as_it_came() {
         flipped[first.len() / 2] ^= 1;
         for bad in [&first[..first.len() - 1], &flipped] {
             assert!(receive(&bed, bad).is_err());
-            assert_eq!(arriving(&bed), 0, "{mode}");
+            assert_eq!(loose(&bed), 0, "{mode}");
         }
         assert_eq!(receive(&bed, &first).unwrap(), Received::Applied(pos));
         assert_eq!(logged(&bed, 1), first);
@@ -257,7 +257,7 @@ fn a_large_file_becomes_a_segment_of_the_log_as_it_came() {
         assert_eq!(logged(&bed, 1), second);
         assert_eq!(bed.db(DB).log_stats().records, 1);
         assert_eq!(bed.check_killed(DB), primary.check(DB));
-        assert_eq!(arriving(&bed), 0, "{mode}");
+        assert_eq!(loose(&bed), 0, "{mode}");
     }
 }
 
@@ -265,11 +265,11 @@ fn a_large_file_becomes_a_segment_of_the_log_as_it_came() {
 fn what_was_arriving_when_the_node_ended_is_gone_at_the_next_start() {
     let bed = Bed::replica();
     let left = bed.remains();
-    let dir = left.path().join("arriving");
+    let dir = left.path().join("loose");
     std::fs::create_dir(&dir).unwrap();
     std::fs::write(dir.join("0"), "half").unwrap();
     let bed = Bed::on(left);
-    assert_eq!(arriving(&bed), 0);
+    assert_eq!(loose(&bed), 0);
 }
 
 #[test]
