@@ -77,6 +77,13 @@ pub(super) struct Inner {
 }
 
 impl Inner {
+    fn find(&self, min_txid: u64) -> Option<(&Segment, u64)> {
+        let newest_first = self.segments.iter().rev();
+        newest_first
+            .filter_map(|s| Some((s, s.offset_of(min_txid)?)))
+            .next()
+    }
+
     /// The newest TXID, 0 if there is none. The active segment may still be empty.
     fn last_txid(&self) -> u64 {
         self.segments
@@ -85,6 +92,13 @@ impl Inner {
             .find_map(Segment::last_txid)
             .unwrap_or(0)
     }
+}
+
+/// Where a record is: no other one was or will be there, in any log, once this one is flushed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogPlace {
+    segment: u64,
+    offset: u64,
 }
 
 struct FlushState {
@@ -496,12 +510,7 @@ impl Log {
     /// The record that begins with this TXID; `None` if it is not there (any more).
     pub fn read(&self, min_txid: u64) -> Result<Option<LogRecord>, StoreError> {
         let inner = self.inner.lock();
-        let found = inner
-            .segments
-            .iter()
-            .rev()
-            .find_map(|s| Some((s, s.offset_of(min_txid)?)));
-        let Some((seg, offset)) = found else {
+        let Some((seg, offset)) = inner.find(min_txid) else {
             return Ok(None);
         };
         let header = segment::read_header(&*seg.file, seg.salt, offset)
@@ -511,6 +520,16 @@ impl Log {
             body: seg.body_reader(offset, header.length),
             path: seg.path.clone(),
         }))
+    }
+
+    /// Where the record is that begins with this TXID.
+    pub fn place(&self, min_txid: u64) -> Option<LogPlace> {
+        let inner = self.inner.lock();
+        let (segment, offset) = inner.find(min_txid)?;
+        Some(LogPlace {
+            segment: segment.salt,
+            offset,
+        })
     }
 
     /// Removes segments of which every record is at most `keep_after` (needed no more by recovery

@@ -82,7 +82,7 @@ pub use files::Done;
 pub use forward::{Cancelled, Decided, HALT_TTL, HALT_WAIT, Outgoing, Primary, Verdict};
 pub use import::ImportError;
 pub use lane::Way;
-pub use log::LogStats;
+pub use log::{LogPlace, LogStats};
 pub use names::{LOCK_DIR, Name, check_database};
 pub use receive::{Arrived, Received};
 pub use records::{LargeRecord, Next, Record};
