@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 use rusqlite::{Connection, params};
 
@@ -21,6 +22,9 @@ pub const POINT_ROWS: i64 = 100_000;
 const BULK_ROWS: i64 = 100_000;
 /// Processes that read beside the one that writes.
 const READERS: usize = 4;
+/// Databases that are written at once.
+const WRITERS: usize = 8;
+const MAKE_TABLE: &str = "CREATE TABLE t (id INTEGER PRIMARY KEY, payload BLOB)";
 /// Bytes of a row of the table that is scanned.
 const SCAN_ROW_BYTES: u64 = 980;
 
@@ -75,10 +79,16 @@ pub enum Case {
     Bulk { mode: Mode },
     /// Reads of one row by its key; all of a round in one transaction, or each in its own.
     Points { mode: Mode, one_transaction: bool },
+    /// The same, each its own, with the database mapped into memory.
+    Mapped { mode: Mode },
+    /// One transaction that reads a row of every page, in random order, from cold caches.
+    FirstTouch { mode: Mode },
     /// A full scan of a large table, with all caches warm or all of them dropped.
     Scan { cold: bool },
     /// Four processes that read while a fifth writes.
     Mixed { mode: Mode },
+    /// Eight processes that each insert into a database of its own, `synchronous=FULL`.
+    Several { mode: Mode },
 }
 
 /// All cases, in the order of the table.
@@ -97,8 +107,11 @@ pub fn all() -> Vec<Case> {
             one_transaction,
         }));
     }
+    cases.extend(modes.map(|mode| Case::Mapped { mode }));
+    cases.extend(modes.map(|mode| Case::FirstTouch { mode }));
     cases.extend([false, true].map(|cold| Case::Scan { cold }));
     cases.extend(modes.map(|mode| Case::Mixed { mode }));
+    cases.extend(modes.map(|mode| Case::Several { mode }));
     cases
 }
 
@@ -119,6 +132,9 @@ impl Case {
             }
             Case::Scan { cold } => format!("scan-{}", if *cold { "cold" } else { "warm" }),
             Case::Mixed { mode } => format!("mixed-{mode}"),
+            Case::Mapped { mode } => format!("points-mapped-{mode}"),
+            Case::FirstTouch { mode } => format!("first-touch-{mode}"),
+            Case::Several { mode } => format!("several-{mode}"),
         }
     }
 
@@ -133,12 +149,26 @@ impl Case {
             } => "reads by key, each a transaction",
             Case::Points { .. } => "reads by key, all in one transaction",
             Case::Scan { .. } => "full scan of a large table",
+            Case::Mapped { .. } => "reads by key, each a transaction, with mmap_size",
+            Case::FirstTouch { .. } => {
+                "a row of every page, all in one transaction, from cold caches"
+            }
             Case::Mixed { .. } => "4 reading processes beside 1 writing",
+            Case::Several { .. } => "8 processes, each inserting into its own database",
         }
     }
 
     fn database(&self, dir: &Path) -> PathBuf {
         dir.join(format!("bench-{}.db", self.name()))
+    }
+
+    fn databases(&self, dir: &Path) -> Vec<PathBuf> {
+        match self {
+            Case::Several { .. } => (0..WRITERS)
+                .map(|i| dir.join(format!("bench-{}-{i}.db", self.name())))
+                .collect(),
+            _ => vec![self.database(dir)],
+        }
     }
 
     /// Makes the database that the rounds work on.
@@ -148,12 +178,20 @@ impl Case {
         match *self {
             Case::Insert { mode, full } => {
                 let db = open(&path, mode, full)?;
-                db.execute_batch("CREATE TABLE t (id INTEGER PRIMARY KEY, payload BLOB)")?;
+                db.execute_batch(MAKE_TABLE)?;
             }
             Case::Bulk { mode } => {
                 open(&path, mode, true)?;
             }
-            Case::Points { mode, .. } | Case::Mixed { mode } => make_point_table(&path, mode)?,
+            Case::Points { mode, .. }
+            | Case::Mapped { mode }
+            | Case::FirstTouch { mode }
+            | Case::Mixed { mode } => make_point_table(&path, mode)?,
+            Case::Several { mode } => {
+                for path in self.databases(dir) {
+                    open(&path, mode, true)?.execute_batch(MAKE_TABLE)?;
+                }
+            }
             Case::Scan { .. } => make_scan_table(&path, settings.scan_bytes)?,
         }
         Ok(())
@@ -161,18 +199,7 @@ impl Case {
 
     /// Removes the database and what SQLite keeps beside it.
     pub fn clean(&self, dir: &Path) -> Result<()> {
-        let path = self.database(dir);
-        for suffix in ["-journal", "-wal", "-shm", ""] {
-            let mut name = path.clone().into_os_string();
-            name.push(suffix);
-            match std::fs::remove_file(&name) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(format!("remove {}: {e}", Path::new(&name).display()).into());
-                }
-                _ => {}
-            }
-        }
-        Ok(())
+        self.databases(dir).iter().try_for_each(|path| remove(path))
     }
 
     /// One round: does the work once and says how fast it went.
@@ -186,8 +213,20 @@ impl Case {
                 mode,
                 one_transaction,
             } => ("reads/s", points(&path, mode, one_transaction, time, seed)?),
+            Case::Mapped { mode } => ("reads/s", mapped(&path, mode, time, seed)?),
+            Case::FirstTouch { mode } => ("reads/s", first_touch(&path, mode, seed)?),
             Case::Scan { cold } => ("MB/s", scan(&path, cold)?),
             Case::Mixed { mode } => return mixed(&path, mode, time),
+            Case::Several { mode } => {
+                let paths = self.databases(dir);
+                let jobs: Vec<_> = paths
+                    .iter()
+                    .map(|path| (&**path, Role::WriteFull))
+                    .collect();
+                let counts = worker::run_all(&jobs, mode, time)?;
+                let sum = counts.iter().sum::<u64>() as f64;
+                ("commits/s", sum / time.as_secs_f64())
+            }
         };
         Ok(vec![Rate {
             suffix: "",
@@ -214,7 +253,7 @@ pub fn open(path: &Path, mode: Mode, full: bool) -> Result<Connection> {
 /// Makes the table of the point reads: 100,000 rows, about 16 MB.
 pub fn make_point_table(path: &Path, mode: Mode) -> Result<()> {
     let db = open(path, mode, false)?;
-    db.execute_batch("CREATE TABLE t (id INTEGER PRIMARY KEY, payload BLOB)")?;
+    db.execute_batch(MAKE_TABLE)?;
     db.execute(
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i+1 FROM n WHERE i < ?1)
          INSERT INTO t SELECT i, randomblob(140) FROM n",
@@ -226,7 +265,7 @@ pub fn make_point_table(path: &Path, mode: Mode) -> Result<()> {
 /// Makes the table of the scans in transactions of about 10 MB.
 fn make_scan_table(path: &Path, bytes: u64) -> Result<()> {
     let db = open(path, Mode::Wal, false)?;
-    db.execute_batch("CREATE TABLE t (id INTEGER PRIMARY KEY, payload BLOB)")?;
+    db.execute_batch(MAKE_TABLE)?;
     let rows = bytes / (SCAN_ROW_BYTES + 20);
     let mut first = 0;
     while first < rows {
@@ -275,6 +314,52 @@ fn bulk(path: &Path, mode: Mode) -> Result<f64> {
     }
     db.execute_batch("COMMIT")?;
     Ok(BULK_ROWS as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// Removes a database and what SQLite keeps beside it.
+fn remove(path: &Path) -> Result<()> {
+    for suffix in ["-journal", "-wal", "-shm", ""] {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        match std::fs::remove_file(&name) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                return Err(format!("remove {}: {e}", Path::new(&name).display()).into());
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn mapped(path: &Path, mode: Mode, time: Duration, seed: u64) -> Result<f64> {
+    let db = open(path, mode, false)?;
+    let mapped: i64 = db.query_row("PRAGMA mmap_size=1000000000", [], |row| row.get(0))?;
+    if mapped == 0 {
+        return Err("SQLite maps nothing".into());
+    }
+    // One scan warms the mapping, on both sides.
+    db.query_row("SELECT sum(length(payload)) FROM t", [], |row| {
+        row.get::<_, i64>(0)
+    })?;
+    let begin = Instant::now();
+    let reads = read_points(&db, time, seed)?;
+    Ok(reads as f64 / begin.elapsed().as_secs_f64())
+}
+
+/// Reads every 20th row, which is about one of each page.
+fn first_touch(path: &Path, mode: Mode, seed: u64) -> Result<f64> {
+    drop_caches(path)?;
+    let db = open(path, mode, false)?;
+    let mut ids: Vec<i64> = (1..=POINT_ROWS).step_by(20).collect();
+    ids.shuffle(&mut StdRng::seed_from_u64(seed));
+    let begin = Instant::now();
+    db.execute_batch("BEGIN")?;
+    let mut statement = db.prepare("SELECT length(payload) FROM t WHERE id = ?1")?;
+    for id in &ids {
+        statement.query_row([id], |row| row.get::<_, i64>(0))?;
+    }
+    db.execute_batch("COMMIT")?;
+    Ok(ids.len() as f64 / begin.elapsed().as_secs_f64())
 }
 
 fn points(path: &Path, mode: Mode, one: bool, time: Duration, seed: u64) -> Result<f64> {
@@ -345,9 +430,9 @@ fn drop_caches(path: &Path) -> Result<()> {
 }
 
 fn mixed(path: &Path, mode: Mode, time: Duration) -> Result<Vec<Rate>> {
-    let mut roles = vec![Role::Read; READERS];
-    roles.push(Role::Write);
-    let counts = worker::run_all(path, mode, time, &roles)?;
+    let mut jobs = vec![(path, Role::Read); READERS];
+    jobs.push((path, Role::Write));
+    let counts = worker::run_all(&jobs, mode, time)?;
     let per_second = |n: u64| n as f64 / time.as_secs_f64();
     Ok(vec![
         Rate {
@@ -384,8 +469,8 @@ mod tests {
             scan_bytes: 2_000_000,
         };
         for case in all() {
-            if matches!(case, Case::Mixed { .. }) {
-                continue; // needs this program as a process of its own
+            if matches!(case, Case::Mixed { .. } | Case::Several { .. }) {
+                continue; // need this program as processes of their own
             }
             case.prepare(dir.path(), &settings).expect("prepare");
             let rates = case.run(dir.path(), &settings, 1).expect("run");

@@ -22,6 +22,8 @@ pub enum Role {
     Read,
     /// Inserts rows, each in its own transaction, `synchronous=NORMAL`.
     Write,
+    /// The same with `synchronous=FULL`.
+    WriteFull,
 }
 
 /// The hidden subcommand.
@@ -43,14 +45,16 @@ impl Worker {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let db = Connection::open_with_flags(&self.database, flags)?;
         db.busy_timeout(Duration::from_secs(20))?;
-        db.pragma_update(None, "synchronous", "NORMAL")?;
+        let full = self.role == Role::WriteFull;
+        let synchronous = if full { "FULL" } else { "NORMAL" };
+        db.pragma_update(None, "synchronous", synchronous)?;
         db.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0))?;
         println!("ready");
         std::io::stdin().lock().read_line(&mut String::new())?;
         let time = Duration::from_secs_f64(self.seconds);
         let count = match self.role {
             Role::Read => cases::read_points(&db, time, self.seed)?,
-            Role::Write => write(&db, time)?,
+            Role::Write | Role::WriteFull => write(&db, time)?,
         };
         println!("{count}");
         Ok(())
@@ -93,16 +97,17 @@ impl Drop for Running {
     }
 }
 
-/// Runs one process a role on a point table, all at the same time; what each counted.
-pub fn run_all(path: &Path, mode: Mode, time: Duration, roles: &[Role]) -> Result<Vec<u64>> {
-    // The mode is set once: a worker that finds it set does not have to switch it.
-    drop(cases::open(path, mode, false)?);
+/// Runs a process for each of these, all at the same time; what each counted.
+pub fn run_all(jobs: &[(&Path, Role)], mode: Mode, time: Duration) -> Result<Vec<u64>> {
     let program = std::env::current_exe()?;
     let mut workers = Vec::new();
-    for (seed, role) in roles.iter().enumerate() {
+    for (seed, (path, role)) in jobs.iter().enumerate() {
+        // The mode is set first: a worker that finds it set does not have to switch it.
+        drop(cases::open(path, mode, false)?);
         let role = match role {
             Role::Read => "read",
             Role::Write => "write",
+            Role::WriteFull => "write-full",
         };
         let mut child = Command::new(&program)
             .args(["worker", "--role", role, "--database"])

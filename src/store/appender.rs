@@ -66,11 +66,9 @@ impl<'a> Appender<'a> {
         let path = self.segment().path.clone();
         self.finish()
             .map_err(StoreError::io("append to log segment", &path))?;
-        if self.replaces
-            && let Err(e) = self.take_place()
-        {
-            self.inner.failed = Some(format!("a snapshot could not take its place: {e}"));
-            return Err(e);
+        if self.replaces {
+            let new = self.inner.segments.pop_back().expect("the snapshot's");
+            return self.inner.replace(self.disk, new);
         }
         Ok(())
     }
@@ -133,11 +131,6 @@ impl<'a> Appender<'a> {
         self.buffer = buffer;
         self.buffer.clear();
         Ok(())
-    }
-
-    fn take_place(&mut self) -> Result<(), StoreError> {
-        let new = self.inner.segments.pop_back().expect("the snapshot's");
-        self.inner.take_place(self.disk, new)
     }
 }
 

@@ -432,7 +432,7 @@ impl Store {
         let db = self
             .database(name)
             .ok_or_else(|| StoreError::NoDatabase(name.to_owned()))?;
-        let incoming = Incoming::read(self.scratch(), from, name)?;
+        let incoming = Incoming::read(self.scratch(), from, name, false)?;
         db.commit_for(id, node, incoming)
     }
 }

@@ -90,7 +90,7 @@ impl Store {
     /// any error.
     pub fn restore(&self, name: &str, here: Pos, from: &mut dyn Read) -> Result<Pos, StoreError> {
         super::names::check_database(name)?;
-        let incoming = Incoming::read(self.scratch(), from, name)?;
+        let incoming = Incoming::read(self.scratch(), from, name, false)?;
         if !incoming.header.is_snapshot() {
             return Err(StoreError::PositionMismatch {
                 db: name.to_owned(),
@@ -631,6 +631,7 @@ impl Database {
             wal_mode: Some(first[19] == 2),
             change_counter: Some(be32(&first, 24)),
             spool,
+            database: None,
         })
     }
 }

@@ -275,7 +275,7 @@ impl Store {
         let (mut incoming, mut unread) = (Vec::new(), Vec::new());
         for (db, p) in parts {
             let mut body = BodyReader::new(file.clone(), p.offset, p.length);
-            match Incoming::read(self.scratch(), &mut body, &p.db) {
+            match Incoming::read(self.scratch(), &mut body, &p.db, false) {
                 Ok(part) => incoming.push((db, part)),
                 Err(e) => unread.push((db, e)),
             }

@@ -13,14 +13,12 @@
 //! - The newest record is never removed.
 
 use std::collections::VecDeque;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-
-use crc_fast::CrcAlgorithm::Crc64GoIso;
 
 use crate::clock;
 use crate::ltx;
@@ -30,15 +28,13 @@ use super::context::{Options, Random};
 use super::disk::{Disk, File, Open};
 use super::error::StoreError;
 use super::log_recovery::{self, sync_dir};
-use super::segment::{self, BodyReader, RECORD_HEADER_SIZE, RecordHeader, Segment};
+use super::loose::Loose;
+use super::segment::{self, BodyReader, RecordHeader, Segment};
 
 /// A segment that has grown to this many bytes is followed by a new one.
 pub(super) const SEGMENT_SIZE: u64 = 4 << 20;
 /// The segment of a snapshot that is to replace the log.
 pub(super) const REPLACEMENT: &str = "replacement";
-/// The segment of a snapshot that is being written and may replace the log when it is whole. A start
-/// does not look at it.
-const ASIDE: &str = "aside";
 /// How much of a record is gathered before it is written.
 pub(super) const WRITE_BUFFER: usize = 1 << 20;
 
@@ -81,6 +77,13 @@ pub(super) struct Inner {
 }
 
 impl Inner {
+    fn find(&self, min_txid: u64) -> Option<(&Segment, u64)> {
+        let newest_first = self.segments.iter().rev();
+        newest_first
+            .filter_map(|s| Some((s, s.offset_of(min_txid)?)))
+            .next()
+    }
+
     /// The newest TXID, 0 if there is none. The active segment may still be empty.
     fn last_txid(&self) -> u64 {
         self.segments
@@ -89,6 +92,13 @@ impl Inner {
             .find_map(Segment::last_txid)
             .unwrap_or(0)
     }
+}
+
+/// Where a record is: no other one was or will be there, in any log, once this one is flushed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogPlace {
+    segment: u64,
+    offset: u64,
 }
 
 struct FlushState {
@@ -262,6 +272,53 @@ impl Log {
     /// `min_txid` must follow the last record, or be 1: a snapshot, which replaces the log.
     pub fn begin(&self, min_txid: u64, max_txid: u64) -> Result<Appender<'_>, StoreError> {
         let mut inner = self.inner.lock();
+        let replaces = self.check_next(&inner, min_txid)?;
+        let rotate = match inner.segments.back() {
+            None => true,
+            Some(_) if replaces || min_txid != max_txid || inner.ended => true,
+            Some(s) => {
+                s.tail > SEGMENT_SIZE || clock::now().duration_since(inner.began) > self.segment_age
+            }
+        };
+        if rotate {
+            let path = self.next_segment(&mut inner, max_txid, replaces)?;
+            let salt = self.random.next();
+            let new = Segment::create(&*self.disk, path, salt, min_txid, max_txid)?;
+            inner.follow_with(new);
+        }
+        Ok(Appender::new(
+            &*self.disk,
+            inner,
+            min_txid,
+            max_txid,
+            replaces,
+        ))
+    }
+
+    /// Takes a record that was written already, with the segment that it is in, as an appender's commit
+    /// does with what was written to it.
+    pub fn take(&self, loose: &mut Loose, min_txid: u64, max_txid: u64) -> Result<(), StoreError> {
+        let mut inner = self.inner.lock();
+        let replaces = self.check_next(&inner, min_txid)?;
+        let path = self.next_segment(&mut inner, max_txid, replaces)?;
+        let flushed = if replaces { 0 } else { inner.flushed_txid };
+        let mut segment = loose
+            .seal(self.random.next(), (min_txid, max_txid), flushed)
+            .map_err(StoreError::io("write log segment", loose.path()))?;
+        loose
+            .keep_as(&path)
+            .map_err(StoreError::io("rename log segment", &path))?;
+        segment.path = path;
+        if replaces {
+            return inner.replace(&*self.disk, segment);
+        }
+        inner.follow_with(segment);
+        inner.seq += 1;
+        Ok(())
+    }
+
+    /// Whether the record that begins with this TXID takes the place of the log.
+    fn check_next(&self, inner: &Inner, min_txid: u64) -> Result<bool, StoreError> {
         if let Some(reason) = &inner.failed {
             return Err(StoreError::corrupt(
                 &self.dir,
@@ -273,33 +330,16 @@ impl Log {
             min_txid == 1 || min_txid == last + 1 || last == 0,
             "log gap: {last} then {min_txid}"
         );
-        let replaces = min_txid == 1 && last > 0;
-        let rotate = match inner.segments.back() {
-            None => true,
-            Some(_) if replaces || min_txid != max_txid || inner.ended => true,
-            Some(s) => {
-                s.tail > SEGMENT_SIZE || clock::now().duration_since(inner.began) > self.segment_age
-            }
-        };
-        if rotate {
-            self.rotate(&mut inner, min_txid, max_txid, replaces)?;
-        }
-        Ok(Appender::new(
-            &*self.disk,
-            inner,
-            min_txid,
-            max_txid,
-            replaces,
-        ))
+        Ok(min_txid == 1 && last > 0)
     }
 
-    fn rotate(
+    /// Makes ready for a segment that begins with this TXID, and says where it is to be.
+    fn next_segment(
         &self,
         inner: &mut Inner,
-        min_txid: u64,
         max_txid: u64,
         replaces: bool,
-    ) -> Result<(), StoreError> {
+    ) -> Result<PathBuf, StoreError> {
         self.disk
             .create_dir_all(&self.dir)
             .map_err(StoreError::io("create log directory", &self.dir))?;
@@ -309,27 +349,16 @@ impl Log {
             }
             inner.has_names = true;
         }
-        let dir = self.open_dir(&self.dir)?;
-        let salt = self.random.next();
-        let name = if replaces {
-            REPLACEMENT.to_owned()
-        } else {
-            segment::file_name(max_txid)
-        };
-        let new = Segment::create(&*self.disk, self.dir.join(name), salt, min_txid, max_txid)?;
+        inner.unsynced.push(self.open_dir(&self.dir)?);
         if let Some(old) = inner.segments.back_mut() {
-            if let Err(e) = old.end() {
-                // Empty, it says nothing.
-                let _ = self.disk.remove_file(&new.path);
-                return Err(StoreError::io("end log segment", &old.path)(e));
-            }
+            old.end()
+                .map_err(StoreError::io("end log segment", &old.path))?;
             inner.unsynced.push(old.file.clone());
         }
-        inner.unsynced.push(dir);
-        inner.segments.push_back(new);
-        inner.began = clock::now();
-        inner.ended = false;
-        Ok(())
+        Ok(match replaces {
+            true => self.dir.join(REPLACEMENT),
+            false => self.dir.join(segment::file_name(max_txid)),
+        })
     }
 
     fn open_dir(&self, dir: &Path) -> Result<File, StoreError> {
@@ -378,72 +407,6 @@ impl Log {
                 }
             })
             .next()
-    }
-
-    /// Writes a segment beside the log whose one record is a snapshot up to `max_txid`. The log is
-    /// not locked meanwhile.
-    pub fn write_aside(
-        &self,
-        max_txid: u64,
-        write: impl FnOnce(&mut dyn Write) -> Result<(), StoreError>,
-    ) -> Result<Segment, StoreError> {
-        let path = self.dir.join(ASIDE);
-        let mut segment =
-            Segment::create(&*self.disk, path.clone(), self.random.next(), 1, max_txid)?;
-        let mut body = Body {
-            file: segment.file.clone(),
-            at: segment.tail + RECORD_HEADER_SIZE as u64,
-            length: 0,
-            crc: crc_fast::Digest::new(Crc64GoIso),
-        };
-        let mut out = io::BufWriter::with_capacity(WRITE_BUFFER, &mut body);
-        write(&mut out)?;
-        let failed = |e| StoreError::io("write log segment", &path)(e);
-        out.into_inner().map_err(|e| failed(e.into_error()))?;
-        let header = RecordHeader {
-            length: body.length,
-            min_txid: 1,
-            max_txid,
-            flushed_txid: 0,
-            body_crc: body.crc.finalize(),
-        };
-        let end = segment.tail + header.disk_size();
-        segment
-            .file
-            .write_all_at(&header.encode(segment.salt), segment.tail)
-            .and_then(|()| segment.file.set_len(end))
-            .and_then(|()| segment.file.sync_all())
-            .map_err(failed)?;
-        segment.allocated = end;
-        segment.push(&header);
-        Ok(segment)
-    }
-
-    /// Gives up what [`Log::write_aside`] wrote.
-    pub fn forget_aside(&self) {
-        // It is overwritten the next time, should it stay.
-        let _ = self.disk.remove_file(&self.dir.join(ASIDE));
-    }
-
-    /// Puts what [`Log::write_aside`] wrote in the place of the log, which must end with the same
-    /// transaction.
-    pub fn replace_with(&self, mut segment: Segment) -> Result<(), StoreError> {
-        let mut inner = self.inner.lock();
-        assert_eq!(
-            Some(inner.last_txid()),
-            segment.last_txid(),
-            "a snapshot of another position would lose transactions"
-        );
-        let replacement = self.dir.join(REPLACEMENT);
-        self.disk
-            .rename(&segment.path, &replacement)
-            .map_err(StoreError::io("rename log segment", &segment.path))?;
-        segment.path = replacement;
-        let placed = inner.take_place(&*self.disk, segment);
-        if let Err(e) = &placed {
-            inner.failed = Some(format!("a snapshot could not take its place: {e}"));
-        }
-        placed
     }
 
     /// Calls `done` once everything appended so far is on disk: on this thread, before returning,
@@ -547,12 +510,7 @@ impl Log {
     /// The record that begins with this TXID; `None` if it is not there (any more).
     pub fn read(&self, min_txid: u64) -> Result<Option<LogRecord>, StoreError> {
         let inner = self.inner.lock();
-        let found = inner
-            .segments
-            .iter()
-            .rev()
-            .find_map(|s| Some((s, s.offset_of(min_txid)?)));
-        let Some((seg, offset)) = found else {
+        let Some((seg, offset)) = inner.find(min_txid) else {
             return Ok(None);
         };
         let header = segment::read_header(&*seg.file, seg.salt, offset)
@@ -562,6 +520,16 @@ impl Log {
             body: seg.body_reader(offset, header.length),
             path: seg.path.clone(),
         }))
+    }
+
+    /// Where the record is that begins with this TXID.
+    pub fn place(&self, min_txid: u64) -> Option<LogPlace> {
+        let inner = self.inner.lock();
+        let (segment, offset) = inner.find(min_txid)?;
+        Some(LogPlace {
+            segment: segment.salt,
+            offset,
+        })
     }
 
     /// Removes segments of which every record is at most `keep_after` (needed no more by recovery
@@ -658,12 +626,22 @@ impl LogRecord {
 }
 
 impl Inner {
-    /// A snapshot stands for everything: once it is on disk, the log before it goes.
-    pub(super) fn take_place(
-        &mut self,
-        disk: &dyn Disk,
-        mut new: Segment,
-    ) -> Result<(), StoreError> {
+    /// A snapshot stands for everything: once it is on disk, the log before it goes. After an error
+    /// it is not known which of them a start would find.
+    pub(super) fn replace(&mut self, disk: &dyn Disk, new: Segment) -> Result<(), StoreError> {
+        self.take_place(disk, new).inspect_err(|e| {
+            self.failed = Some(format!("a snapshot could not take its place: {e}"));
+        })
+    }
+
+    /// The last segment, which has ended, is followed by this one.
+    fn follow_with(&mut self, new: Segment) {
+        self.segments.push_back(new);
+        self.began = clock::now();
+        self.ended = false;
+    }
+
+    fn take_place(&mut self, disk: &dyn Disk, mut new: Segment) -> Result<(), StoreError> {
         let max_txid = new.first_max;
         new.file
             .sync_all()
@@ -686,27 +664,6 @@ impl Inner {
         self.flushed_txid = max_txid;
         self.history += 1;
         self.ended = false;
-        Ok(())
-    }
-}
-
-/// The body of a record that is written outside of the log.
-struct Body {
-    file: File,
-    at: u64,
-    length: u64,
-    crc: crc_fast::Digest,
-}
-
-impl Write for Body {
-    fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        self.file.write_all_at(buf, self.at + self.length)?;
-        self.crc.update(buf);
-        self.length += buf.len() as u64;
-        Ok(buf.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
 }

@@ -48,6 +48,7 @@ mod litefs;
 mod lives;
 mod log;
 mod log_recovery;
+mod loose;
 mod mend;
 mod names;
 mod overlay;
@@ -81,7 +82,7 @@ pub use files::Done;
 pub use forward::{Cancelled, Decided, HALT_TTL, HALT_WAIT, Outgoing, Primary, Verdict};
 pub use import::ImportError;
 pub use lane::Way;
-pub use log::LogStats;
+pub use log::{LogPlace, LogStats};
 pub use names::{LOCK_DIR, Name, check_database};
 pub use receive::{Arrived, Received};
 pub use records::{LargeRecord, Next, Record};
@@ -154,6 +155,7 @@ impl Store {
             .disk
             .temporary(&dir)
             .map_err(StoreError::io("write to data directory", &dir))?;
+        loose::clear(&*disk, &dir)?;
         let lives = lives::Lives::open(&disk, &dir)?;
         let context = Context::start(options, lives);
         let store = Store {

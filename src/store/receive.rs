@@ -3,7 +3,7 @@
 //! Nothing of the database is touched before the LTX file was read to its end, its checksums were
 //! found right, and it was found to follow this node's position.
 
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 
 use crate::ltx::{self, Decoder, Header, Pos};
@@ -12,13 +12,16 @@ use crate::sqlite::header::DbHeader;
 use super::Store;
 use super::capture::Captured;
 use super::database::{Database, State};
-use super::disk::{File, Reader, Scratch};
+use super::disk::Scratch;
 use super::divergent::Common;
 use super::error::StoreError;
+use super::loose::{Loose, LooseFile};
+use super::replica_in_place::Run;
 use super::room::{self, Room};
 
-/// Bytes of a received file that are kept in memory; a larger one is spooled to disk.
-const SPOOL_MEMORY: usize = 8 << 20;
+/// Bytes of a received file that are kept in memory; a larger one is spooled to disk. In tests, whose
+/// files are small, there are some of both kinds.
+const SPOOL_MEMORY: usize = if cfg!(test) { 24 << 10 } else { 8 << 20 };
 /// After how many bytes of one the free space is looked at again.
 const LOOK_EVERY: u64 = 8 << 20;
 
@@ -31,10 +34,10 @@ pub enum Received {
     Known,
 }
 
-/// The bytes of an LTX file, checked.
+/// The bytes of an LTX file: in memory, or in what becomes a log's segment.
 pub(super) struct Spool {
     memory: Vec<u8>,
-    file: Option<File>,
+    file: Option<Loose>,
     size: u64,
     scratch: Scratch,
 }
@@ -53,9 +56,8 @@ impl Spool {
         let at = self.size;
         self.size += data.len() as u64;
         if self.file.is_none() && self.memory.len() + data.len() > SPOOL_MEMORY {
-            let file = self.scratch.file()?;
-            file.write_all_at(&self.memory, 0)?;
-            self.memory = Vec::new();
+            let mut file = Loose::new(&self.scratch)?;
+            file.write_all(&std::mem::take(&mut self.memory))?;
             self.file = Some(file);
         }
         if at / LOOK_EVERY != self.size / LOOK_EVERY {
@@ -64,8 +66,8 @@ impl Spool {
                 return Err(io::Error::from_raw_os_error(libc::ENOSPC));
             }
         }
-        match &self.file {
-            Some(file) => file.write_all_at(data, at),
+        match &mut self.file {
+            Some(file) => file.write_all(data),
             None => {
                 self.memory.extend_from_slice(data);
                 Ok(())
@@ -81,7 +83,9 @@ impl Spool {
     /// Copies bytes from `offset` on; returns how many, 0 at the end.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
         if let Some(file) = &self.file {
-            return file.read_at(buf, offset);
+            let mut body = file.body();
+            body.skip(offset);
+            return body.read(buf);
         }
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         let rest = self.memory.get(from..).unwrap_or_default();
@@ -91,14 +95,16 @@ impl Spool {
     }
 
     /// The bytes from the beginning.
-    pub fn reader(&mut self) -> io::Result<Box<dyn Read + '_>> {
+    pub fn reader(&self) -> Box<dyn Read + '_> {
         match &self.file {
-            Some(file) => {
-                let reader = Reader::new(file.clone());
-                Ok(Box::new(io::BufReader::with_capacity(256 << 10, reader)))
-            }
-            None => Ok(Box::new(&self.memory[..])),
+            Some(file) => Box::new(io::BufReader::with_capacity(256 << 10, file.body())),
+            None => Box::new(&self.memory[..]),
         }
+    }
+
+    /// What a log may take as it is; `None`: it is in memory.
+    pub fn loose(&mut self) -> Option<&mut Loose> {
+        self.file.as_mut()
     }
 }
 
@@ -142,13 +148,23 @@ pub(super) struct Incoming {
     /// The change counter in page 1, likewise.
     pub change_counter: Option<u32>,
     pub spool: Spool,
+    /// The database that it makes by itself, if that was written while it came.
+    pub database: Option<LooseFile>,
 }
 
 impl Incoming {
-    pub fn read(scratch: Scratch, from: &mut dyn Read, db: &str) -> Result<Incoming, StoreError> {
+    /// Reads all of it. `is_new`: there is no such database so far, and so nothing is in the way of
+    /// the one that a snapshot makes.
+    pub fn read(
+        scratch: Scratch,
+        from: &mut dyn Read,
+        db: &str,
+        is_new: bool,
+    ) -> Result<Incoming, StoreError> {
         let context = || format!("transaction received for {db}");
         let dir = scratch.dir().to_owned();
-        let mut spool = Spool::new(scratch);
+        let io = |e| StoreError::io("spool a transaction in", &dir)(e);
+        let mut spool = Spool::new(scratch.clone());
         let mut decoder = Decoder::new(Tee {
             from,
             spool: &mut spool,
@@ -157,6 +173,13 @@ impl Incoming {
         .map_err(StoreError::ltx(context()))?;
         let header = *decoder.header();
         room::check(&dir, db, &header)?;
+        let page_size = u64::from(header.page_size);
+        let large = u64::from(header.commit) * page_size > SPOOL_MEMORY as u64;
+        let database = match is_new && header.is_snapshot() && large {
+            true => Some(LooseFile::new(&scratch).map_err(io)?),
+            false => None,
+        };
+        let mut run = database.as_ref().map(|database| Run::new(database.file()));
         let mut page = vec![0u8; header.page_size as usize];
         let mut pages = Vec::new();
         let mut first = None;
@@ -167,11 +190,15 @@ impl Incoming {
             if pgno == 1 {
                 first = DbHeader::parse(&page).ok();
             }
+            if let Some(run) = &mut run {
+                let at = u64::from(pgno - 1) * page_size;
+                run.add(&page, at).map_err(io)?;
+            }
             pages.push((pgno, ltx::page_checksum(pgno, &page)));
         }
+        run.map_or(Ok(()), |mut run| run.write()).map_err(io)?;
         let (mut tee, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
-        tee.spool()
-            .map_err(StoreError::io("spool a transaction in", &dir))?;
+        tee.spool().map_err(io)?;
         ltx::check_transition(&header, &trailer, pages.len() as u32)
             .map_err(StoreError::ltx(context()))?;
         Ok(Incoming {
@@ -181,6 +208,7 @@ impl Incoming {
             wal_mode: first.map(|h| h.is_wal()),
             change_counter: first.map(|h| h.change_counter),
             spool,
+            database,
         })
     }
 
@@ -240,7 +268,8 @@ impl Store {
     /// Blocks on the reader and the disk. Nothing is changed.
     pub fn read_arriving(&self, name: &str, from: &mut dyn Read) -> Result<Arrived, StoreError> {
         super::names::check_database(name)?;
-        let mut incoming = Incoming::read(self.scratch(), from, name)?;
+        let is_new = self.database(name).is_none_or(|db| !db.exists());
+        let mut incoming = Incoming::read(self.scratch(), from, name, is_new)?;
         if self.context.options.compress {
             incoming.compress(name)?;
         }

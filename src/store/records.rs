@@ -11,6 +11,7 @@ use crate::ltx::{self, Header, Pos};
 
 use super::database::Database;
 use super::error::StoreError;
+use super::log::LogPlace;
 use super::segment::{BodyReader, RecordHeader};
 
 /// A transaction of the log.
@@ -144,6 +145,11 @@ impl Database {
             );
             Next::Snapshot
         }))
+    }
+
+    /// Where the log has the transaction that begins with this TXID.
+    pub fn log_place(&self, min_txid: u64) -> Option<LogPlace> {
+        self.log().place(min_txid)
     }
 
     /// The same LTX file with its pages as they are, for a stream that is compressed as a whole.

@@ -10,7 +10,6 @@
 //! given up, or the WAL index published, and readers see the transaction.
 
 use std::fs::File;
-use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -341,13 +340,15 @@ impl Database {
         flush: bool,
     ) -> Result<(), StoreError> {
         let header = incoming.header;
-        let mut appender = self.log().begin(header.min_txid, header.max_txid)?;
-        let copy = incoming
-            .spool
-            .reader()
-            .and_then(|mut r| std::io::copy(&mut r, &mut appender));
-        copy.map_err(StoreError::io("append to the log of", &self.dir))?;
-        appender.commit()?;
+        let (min_txid, max_txid) = (header.min_txid, header.max_txid);
+        if let Some(loose) = incoming.spool.loose() {
+            self.log().take(loose, min_txid, max_txid)?;
+        } else {
+            let mut appender = self.log().begin(min_txid, max_txid)?;
+            std::io::copy(&mut incoming.spool.reader(), &mut appender)
+                .map_err(StoreError::io("append to the log of", &self.dir))?;
+            appender.commit()?;
+        }
         if flush {
             self.log().flush_wait()
         } else {
@@ -368,10 +369,7 @@ impl Database {
             )
         };
         let context = context();
-        let reader: Box<dyn Read + '_> = incoming
-            .spool
-            .reader()
-            .map_err(StoreError::io("read spooled transaction of", &self.dir))?;
+        let reader = incoming.spool.reader();
         let mut decoder = Decoder::new(reader).map_err(StoreError::ltx(&context))?;
         let mut page = vec![0u8; decoder.header().page_size as usize];
         while let Some(pgno) = decoder.page(&mut page).map_err(StoreError::ltx(&context))? {
@@ -414,8 +412,12 @@ impl Database {
     ) -> Result<(), StoreError> {
         // Before it is logged: after that, a full disk would cost the database.
         let size = u64::from(c.commit) * u64::from(c.page_size);
+        let written = incoming.database.take();
         let reserve = |st: &mut State| {
             self.remove_files(st)?;
+            if written.is_some() {
+                return Ok(());
+            }
             self.create_file(st, FileKind::Database)?;
             self.reserve(st, size)
         };
@@ -427,7 +429,12 @@ impl Database {
         }
         let mut st = self.lock();
         st.sums = Default::default();
-        if let Err(e) = self.write_pages(&mut st, &mut Group::of_one(c, incoming)) {
+        // Not before it is logged: a start takes a file that no log explains for damage.
+        let made = match written {
+            Some(database) => self.place_file(&mut st, database, c),
+            None => self.write_pages(&mut st, &mut Group::of_one(c, incoming)),
+        };
+        if let Err(e) = made {
             self.set_broken(&mut st, e.to_string());
             return Err(e);
         }

@@ -11,10 +11,12 @@ use crate::clock;
 use crate::sqlite::header::DbHeader;
 use crate::task;
 
+use super::capture::Captured;
 use super::database::{Database, FileKind, State};
 use super::disk::File;
 use super::error::StoreError;
 use super::group::{self, Group};
+use super::loose::LooseFile;
 use super::receive::Incoming;
 use super::replica::{Exclusive, Held, READER_WAIT, ReplicaLocks};
 
@@ -39,6 +41,12 @@ impl Database {
         self.apply_in_place(&mut locks, ino, &mut Group::new(&each, files))?;
         self.settle_mode(&mut locks)?;
         Ok(true)
+    }
+
+    /// Whether there is something that can be read.
+    pub(super) fn exists(&self) -> bool {
+        let st = self.lock();
+        st.page_count > 0 && st.broken.is_none()
     }
 
     /// Whether transactions that arrive are written into the database file.
@@ -194,20 +202,41 @@ impl Database {
         self.advance(st, group.whole());
         Ok(())
     }
+
+    /// Makes a file that was written already the database, which has none so far, and moves the state
+    /// on.
+    pub(super) fn place_file(
+        &self,
+        st: &mut State,
+        mut database: LooseFile,
+        c: &Captured,
+    ) -> Result<(), StoreError> {
+        let path = self.path(FileKind::Database);
+        database
+            .keep_as(&path)
+            .map_err(StoreError::io("rename database", &path))?;
+        let file = self.adopt_file(st, FileKind::Database, database.file().clone());
+        let size = u64::from(c.commit) * u64::from(c.page_size);
+        self.set_file_size(st, &*file.file, size)?;
+        (st.view_size, st.base_size, st.reserved) = (size, size, size);
+        st.rollback_counter = 0;
+        self.advance(st, c);
+        Ok(())
+    }
 }
 
 /// Bytes that are gathered for one write.
 const RUN: usize = 256 << 10;
 
 /// Pages that lie one behind the other, written at once.
-struct Run<'a> {
+pub(super) struct Run<'a> {
     file: &'a File,
     at: u64,
     bytes: Vec<u8>,
 }
 
 impl<'a> Run<'a> {
-    fn new(file: &'a File) -> Run<'a> {
+    pub fn new(file: &'a File) -> Run<'a> {
         Run {
             file,
             at: 0,
@@ -215,7 +244,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn add(&mut self, page: &[u8], at: u64) -> io::Result<()> {
+    /// The next page, and where it belongs.
+    pub fn add(&mut self, page: &[u8], at: u64) -> io::Result<()> {
         if self.at + self.bytes.len() as u64 != at || self.bytes.len() >= RUN {
             self.write()?;
             self.at = at;
@@ -225,7 +255,7 @@ impl<'a> Run<'a> {
     }
 
     /// Writes what is there.
-    fn write(&mut self) -> io::Result<()> {
+    pub fn write(&mut self) -> io::Result<()> {
         self.file.write_all_at(&self.bytes, self.at)?;
         self.bytes.clear();
         Ok(())

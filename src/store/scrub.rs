@@ -9,6 +9,7 @@
 //! Bounds: [`Pace`] holds it to so many bytes a second; locks are held for one page at a time (for
 //! a piece of the checksums); memory is [`PIECE`].
 
+use std::io::BufWriter;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Weak};
@@ -21,6 +22,8 @@ use super::Store;
 use super::database::{Database, now_ms, read_or_zeros};
 use super::error::StoreError;
 use super::fault::{Action, Place};
+use super::log::WRITE_BUFFER;
+use super::loose::Loose;
 use super::segment::Segment;
 
 /// Bytes that are read at once.
@@ -316,15 +319,17 @@ impl Database {
     fn replace_log(self: &Arc<Self>) -> Result<bool, StoreError> {
         let mut snapshot = self.snapshot()?;
         let pos = snapshot.pos();
-        let segment = self
-            .log()
-            .write_aside(pos.txid, |out| snapshot.write_to(out).map(drop))?;
+        let failed = |e| StoreError::io("write a snapshot beside", &self.dir)(e);
+        let mut segment = Loose::new(&self.data_scratch()).map_err(failed)?;
+        let mut out = BufWriter::with_capacity(WRITE_BUFFER, &mut segment);
+        snapshot.write_to(&mut out)?;
+        out.into_inner().map_err(|e| failed(e.into_error()))?;
+        segment.sync().map_err(failed)?;
         let st = self.lock();
         if st.pos != pos || st.committing || st.broken.is_some() {
-            self.log().forget_aside();
             return Ok(false);
         }
-        self.log().replace_with(segment)?;
+        self.log().take(&mut segment, 1, pos.txid)?;
         Ok(true)
     }
 }

@@ -181,6 +181,31 @@ impl Segment {
         })
     }
 
+    /// Makes a file a segment of this one record, whose body is in its place already. Not synced.
+    pub fn of_one(
+        path: PathBuf,
+        file: File,
+        salt: u64,
+        record: &RecordHeader,
+    ) -> io::Result<Segment> {
+        let mut segment = Segment {
+            path,
+            file,
+            salt,
+            first_min: record.min_txid,
+            first_max: record.max_txid,
+            offsets: Vec::new(),
+            tail: SEGMENT_HEADER_SIZE,
+            allocated: SEGMENT_HEADER_SIZE + record.disk_size(),
+        };
+        let mut head = encode_header(salt, record.max_txid).to_vec();
+        head.extend_from_slice(&record.encode(salt));
+        segment.file.write_all_at(&head, 0)?;
+        segment.file.set_len(segment.allocated)?;
+        segment.push(record);
+        Ok(segment)
+    }
+
     /// Opens a segment and finds its records, up to the first that is not whole. Bodies of records
     /// above `verified` are read and checked; those of older ones are not.
     pub fn open(disk: &dyn Disk, path: &Path, verified: u64) -> Result<Scanned, StoreError> {

@@ -10,6 +10,7 @@
 //! - A name that comes from a peer passes the store's `check_database` before anything else sees it.
 //! - Every wait for a peer has a deadline.
 
+mod batches;
 pub mod coding;
 pub mod common;
 pub mod frame;

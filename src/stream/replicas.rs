@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::batches::Batches;
 use super::format_node_id;
 
 /// How long a stream may take to send what is missing.
@@ -65,6 +66,7 @@ impl OrderError {
 pub struct Replicas {
     streams: Mutex<BTreeMap<u64, mpsc::Sender<Order>>>,
     connected: Notify,
+    batches: Batches,
 }
 
 /// A stream's end of its entry; it is gone from the list when this is dropped.
@@ -89,6 +91,11 @@ impl Drop for Registration<'_> {
 }
 
 impl Replicas {
+    /// What is read once for all of them.
+    pub(super) fn batches(&self) -> &Batches {
+        &self.batches
+    }
+
     /// Enters the stream of a replica; one that does not say who it is gets no orders.
     pub(super) fn register(&self, id: Option<u64>) -> Registration<'_> {
         let (sender, orders) = mpsc::channel(1);

@@ -29,14 +29,16 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc::{self, error::TrySendError};
+use tokio::sync::watch;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout, timeout_at};
 use tracing::warn;
 
 use crate::ltx::Pos;
-use crate::store::{Database, LargeRecord, Next, Record, Store, StoreError, Subscription};
+use crate::store::{Database, LargeRecord, Record, Store, StoreError, Subscription};
 use crate::task;
 
+use super::batches::{Batch, Batches};
 use super::frame::{ChunkWriter, Frame, encode_ltx};
 use super::parse_node_id;
 use super::posmap::PosMap;
@@ -70,12 +72,6 @@ pub const CHANNEL_CAPACITY: usize = 8;
 
 /// A little less than the second that the protocol allows.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_millis(900);
-
-/// How many bytes of records are fetched from the log at once; a larger one comes alone.
-const BATCH_BYTES: usize = 256 << 10;
-
-/// How many records are fetched from the log at once.
-const BATCH_RECORDS: usize = 256;
 
 /// The heartbeat's timestamp before the replica has been in step for the first time. Not 0, which is
 /// "I am the primary" in the terms of LiteFS's replicas.
@@ -158,6 +154,7 @@ pub async fn run(
         changes: store.subscribe(),
         store,
         stats: &stats,
+        batches: replicas.batches(),
         positions: replica.positions,
         filter: replica.filter,
         coded: replica.coded,
@@ -185,6 +182,7 @@ struct Sender<'a> {
     store: Arc<Store>,
     stats: &'a Stats,
     changes: Subscription,
+    batches: &'a Batches,
     /// Where the replica is once it has applied all that was sent.
     positions: PosMap,
     filter: BTreeSet<String>,
@@ -319,17 +317,13 @@ impl Sender<'_> {
         let target = db.pos();
         loop {
             let from = self.positions.get(name).copied().unwrap_or_default();
-            let reader = Arc::clone(&db);
-            let coded = self.coded;
-            let batch = self
-                .off_thread(name, move || read_batch(&reader, from, coded))
-                .await?;
-            match batch {
+            let batch = self.batches.after(&db, from, self.coded);
+            match self.with_heartbeats(name, batch).await? {
                 Batch::UpToDate => return Ok(()),
                 Batch::Snapshot => self.send_snapshot(name, &db).await?,
                 Batch::Large(record) => self.send_large(name, record).await?,
-                Batch::Records(records) => {
-                    for record in records {
+                Batch::Records(batch) => {
+                    for record in &batch.records {
                         self.send_record(name, record).await?;
                     }
                 }
@@ -368,7 +362,7 @@ impl Sender<'_> {
         .await
     }
 
-    async fn send_record(&mut self, name: &str, record: Record) -> Result<(), SendError> {
+    async fn send_record(&mut self, name: &str, record: &Record) -> Result<(), SendError> {
         let mut bytes = Vec::new();
         encode_ltx(name, &record.bytes, &mut bytes);
         self.high_water_mark(name).encode(&mut bytes);
@@ -442,32 +436,52 @@ impl Sender<'_> {
         db: &str,
         work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, SendError> {
-        let mut task = task::blocking(work);
+        let task = task::blocking(work);
+        self.with_heartbeats(db, async { task.await.ok() }).await
+    }
+
+    /// Waits for work of a thread, with heartbeats meanwhile. `None`: the thread died. The work may have
+    /// a turn that others wait for: nothing else is waited for here.
+    async fn with_heartbeats<T>(
+        &mut self,
+        db: &str,
+        work: impl Future<Output = Option<Result<T, StoreError>>>,
+    ) -> Result<T, SendError> {
+        tokio::pin!(work);
         loop {
             tokio::select! {
                 biased;
-                done = &mut task => {
+                done = &mut work => {
                     return done
-                        .map_err(|_| SendError::Panic)?
+                        .ok_or(SendError::Panic)?
                         .map_err(|source| SendError::Store { db: db.to_owned(), source });
                 }
-                _ = self.heartbeat.tick() => self.send_heartbeat().await?,
+                _ = self.heartbeat.tick() => self.offer_heartbeat()?,
                 () = self.out.closed() => return Err(SendError::Gone),
             }
         }
     }
 
-    async fn send_heartbeat(&mut self) -> Result<(), SendError> {
-        self.send_frame(&Frame::Heartbeat {
+    fn heartbeat(&self) -> Frame {
+        Frame::Heartbeat {
             timestamp: self.in_step_at,
-        })
-        .await
+        }
+    }
+
+    async fn send_heartbeat(&mut self) -> Result<(), SendError> {
+        self.send_frame(&self.heartbeat()).await
+    }
+
+    /// Sends one if nothing waits before it: what does keeps the replica as well informed.
+    fn offer_heartbeat(&self) -> Result<(), SendError> {
+        match self.out.try_send(encoded(&self.heartbeat())) {
+            Ok(()) | Err(TrySendError::Full(_)) => Ok(()),
+            Err(TrySendError::Closed(_)) => Err(SendError::Gone),
+        }
     }
 
     async fn send_frame(&mut self, frame: &Frame) -> Result<(), SendError> {
-        let mut bytes = Vec::new();
-        frame.encode(&mut bytes);
-        self.send(bytes.into()).await
+        self.send(encoded(frame)).await
     }
 
     async fn send(&mut self, bytes: Bytes) -> Result<(), SendError> {
@@ -479,39 +493,10 @@ impl Sender<'_> {
     }
 }
 
-/// What the log holds for a replica.
-enum Batch {
-    UpToDate,
-    Records(Vec<Record>),
-    Large(LargeRecord),
-    Snapshot,
-}
-
-/// Reads the records that follow `from`, as many as make a good batch; `plain`: their pages without
-/// LZ4. Blocks on the disk.
-fn read_batch(db: &Database, mut from: Pos, plain: bool) -> Result<Batch, StoreError> {
-    let mut records = Vec::new();
-    let mut bytes = 0;
-    while bytes < BATCH_BYTES && records.len() < BATCH_RECORDS {
-        match db.record_after(from)? {
-            Next::Record(mut record) => {
-                if plain {
-                    record.bytes = db.without_lz4(record.bytes)?;
-                }
-                bytes += record.bytes.len();
-                from = Pos {
-                    txid: record.max_txid,
-                    checksum: record.post_apply_checksum,
-                };
-                records.push(record);
-            }
-            Next::UpToDate if records.is_empty() => return Ok(Batch::UpToDate),
-            Next::Snapshot if records.is_empty() => return Ok(Batch::Snapshot),
-            Next::Large(record) if records.is_empty() => return Ok(Batch::Large(record)),
-            Next::UpToDate | Next::Snapshot | Next::Large(_) => break,
-        }
-    }
-    Ok(Batch::Records(records))
+fn encoded(frame: &Frame) -> Bytes {
+    let mut bytes = Vec::new();
+    frame.encode(&mut bytes);
+    bytes.into()
 }
 
 /// What the thread that sends one snapshot or large transaction needs.

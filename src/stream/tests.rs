@@ -23,6 +23,7 @@ use crate::http::harness::{TestNode, eventually, golden, peers};
 use crate::ltx::Pos;
 use crate::store::StoreError;
 
+use super::batches::{Batch, Batches};
 use super::frame::{Frame, FrameError, encode_ltx};
 use super::posmap::{self, PosMap};
 use super::receiver::{Ended, Progress, Receiver, StreamError};
@@ -376,6 +377,36 @@ fn empty_replica() -> Replica {
         filter: Default::default(),
         coded: false,
     }
+}
+
+#[tokio::test]
+async fn what_is_read_for_one_replica_is_there_for_others_while_the_log_has_it() {
+    let node = TestNode::new();
+    let files = golden("delete-4096-raw");
+    node.seed("a.db", &files[..1]).await;
+    let from = node.pos("a.db");
+    node.seed("a.db", &files[1..3]).await;
+    let db = node.store.database("a.db").unwrap();
+    let batches = Batches::default();
+    let ask = async |plain| match batches.after(&db, from, plain).await.unwrap().unwrap() {
+        Batch::Records(records) => records,
+        _ => panic!("the log has records"),
+    };
+    let (one, other) = tokio::join!(ask(false), ask(false));
+    assert!(Arc::ptr_eq(&one, &other));
+    assert_eq!(one.records.len(), 2);
+    assert!(Arc::ptr_eq(&one, &ask(false).await));
+    assert!(!Arc::ptr_eq(&one, &ask(true).await));
+
+    // The same once more, in a log that took the place of the other.
+    let one = ask(false).await;
+    node.seed("a.db", &files[..1]).await;
+    let now = batches.after(&db, from, false).await.unwrap().unwrap();
+    assert!(matches!(now, Batch::UpToDate));
+    node.seed("a.db", &files[1..3]).await;
+    let again = ask(false).await;
+    assert!(!Arc::ptr_eq(&one, &again));
+    assert_eq!(again.records.len(), 2);
 }
 
 #[tokio::test]

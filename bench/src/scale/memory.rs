@@ -18,33 +18,53 @@ const STALLED_BYTES: u64 = 150_000_000;
 const NOISE_MIB: f64 = 4.0;
 const LIMIT: Duration = Duration::from_secs(300);
 
-/// A replica that connects and then takes nothing.
+/// A replica that connects and then takes nothing: what its primary's memory grows by while data is
+/// written, beside the growth of one that has no replica.
 pub fn stall(scale: &Scale, work: &Path) -> Result<()> {
-    let [site, _] = scale.sites(work)?;
-    let mut grown = Vec::new();
+    let mut grown = [Vec::new(), Vec::new()];
     for run in 0..scale.runs {
-        let node = site.start()?;
-        let path = node.mount().join(format!("stall-{run}.db"));
-        let db = cases::open(&path, Mode::Wal, false)?;
-        db.execute_batch(MAKE_TABLE)?;
-        let mut clients = Clients::new(node.http())?;
-        clients.connect(Kind::Stalled)?;
-        let mut resident = [0.0; 2];
-        for (i, resident) in resident.iter_mut().enumerate() {
-            let begin = Instant::now();
-            fill(&db, STALLED_BYTES * (1 + i as u64))?;
-            if begin.elapsed() > Duration::from_secs(25) {
-                return Err("the replica was cut off before the writing was done".into());
-            }
-            *resident = process::resident_mib(node.pid())?;
+        for (stalled, grown) in [false, true].into_iter().zip(&mut grown) {
+            let dir = work.join(format!("{run}-{stalled}"));
+            std::fs::create_dir(&dir)?;
+            grown.push(growth(scale, &dir, stalled)?);
+            std::fs::remove_dir_all(&dir)?;
         }
-        // The sums of the pages that were added.
-        let pages = STALLED_BYTES as f64 * 2.0 / 4096.0;
-        grown.push(resident[1] - resident[0] - pages * 9.0 / f64::from(1 << 20));
     }
-    let row = "stall, growth beyond 9 bytes a page over 300 MB";
-    print(row, "MiB", &grown, Target::AtMost(NOISE_MIB));
+    let row = |what: &str| format!("stall, growth beyond 9 bytes a page over 300 MB, {what}");
+    let [without, with] = &grown;
+    print(&row("without a replica"), "MiB", without, Target::Open);
+    print(&row("with one"), "MiB", with, Target::Open);
+    let more: Vec<f64> = with.iter().zip(without).map(|(w, o)| w - o).collect();
+    print(
+        &row("the difference"),
+        "MiB",
+        &more,
+        Target::AtMost(NOISE_MIB),
+    );
     Ok(())
+}
+
+fn growth(scale: &Scale, dir: &Path, stalled: bool) -> Result<f64> {
+    let [site, _] = scale.sites(dir)?;
+    let node = site.start()?;
+    let db = cases::open(&node.mount().join("stall.db"), Mode::Wal, false)?;
+    db.execute_batch(MAKE_TABLE)?;
+    let mut clients = Clients::new(node.http())?;
+    if stalled {
+        clients.connect(Kind::Stalled)?;
+    }
+    let mut resident = [0.0; 2];
+    for (i, resident) in resident.iter_mut().enumerate() {
+        let begin = Instant::now();
+        fill(&db, STALLED_BYTES * (1 + i as u64))?;
+        if begin.elapsed() > Duration::from_secs(25) {
+            return Err("the replica was cut off before the writing was done".into());
+        }
+        *resident = process::resident_mib(node.pid())?;
+    }
+    // The sums of the pages that were added.
+    let pages = STALLED_BYTES as f64 * 2.0 / 4096.0;
+    Ok(resident[1] - resident[0] - pages * 9.0 / f64::from(1 << 20))
 }
 
 /// Databases of half the size and of the whole come in: the most memory that each needed, at the

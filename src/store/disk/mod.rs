@@ -291,6 +291,11 @@ impl Scratch {
         }
     }
 
+    /// The disk.
+    pub fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
     /// Where they are made.
     pub fn dir(&self) -> &Path {
         &self.dir

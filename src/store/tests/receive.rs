@@ -209,6 +209,69 @@ fn a_file_that_is_not_whole_changes_nothing() {
     }
 }
 
+/// How many files lie in the data directory that belong to nothing.
+fn loose(bed: &Bed) -> usize {
+    let dir = bed.dir.path().join("loose");
+    std::fs::read_dir(dir).map_or(0, Iterator::count)
+}
+
+/// The bytes of the log's record that begins with this TXID.
+fn logged(bed: &Bed, txid: u64) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let record = bed.db(DB).log().read(txid).unwrap();
+    let mut body = record.expect("a record").body;
+    body.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_large_file_becomes_a_segment_of_the_log_as_it_came() {
+    for mode in ["delete", "wal"] {
+        let (primary, c) = filled(mode, 20);
+        let (pos, first) = snapshot(&primary.db(DB));
+        let bed = Bed::replica();
+        let mut flipped = first.clone();
+        flipped[first.len() / 2] ^= 1;
+        for bad in [&first[..first.len() - 1], &flipped] {
+            assert!(receive(&bed, bad).is_err());
+            assert_eq!(loose(&bed), 0, "{mode}");
+        }
+        assert_eq!(receive(&bed, &first).unwrap(), Received::Applied(pos));
+        assert_eq!(logged(&bed, 1), first);
+        assert_eq!(bed.check_killed(DB), primary.check(DB));
+
+        c.execute_batch("INSERT INTO t(v) VALUES (randomblob(300000))")
+            .unwrap();
+        c.execute_batch("INSERT INTO t(v) VALUES (1)").unwrap();
+        bed.follow(&primary, DB);
+        assert!(logged(&bed, pos.txid + 1).len() > 300_000);
+        assert_eq!(bed.db(DB).log_stats().records, 3);
+        assert_eq!(bed.check_killed(DB), primary.check(DB));
+
+        let (pos, second) = snapshot(&primary.db(DB));
+        let (other, _c) = filled(mode, 30);
+        let (_, foreign) = snapshot(&other.db(DB));
+        assert!(receive(&bed, &foreign).is_ok());
+        assert_eq!(bed.check_killed(DB), other.check(DB));
+        assert_eq!(receive(&bed, &second).unwrap(), Received::Applied(pos));
+        assert_eq!(logged(&bed, 1), second);
+        assert_eq!(bed.db(DB).log_stats().records, 1);
+        assert_eq!(bed.check_killed(DB), primary.check(DB));
+        assert_eq!(loose(&bed), 0, "{mode}");
+    }
+}
+
+#[test]
+fn what_was_arriving_when_the_node_ended_is_gone_at_the_next_start() {
+    let bed = Bed::replica();
+    let left = bed.remains();
+    let dir = left.path().join("loose");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::write(dir.join("0"), "half").unwrap();
+    let bed = Bed::on(left);
+    assert_eq!(loose(&bed), 0);
+}
+
 #[test]
 fn names_from_the_network_are_checked() {
     let bed = Bed::replica();
