@@ -57,6 +57,10 @@ fn open(path: &Path) -> Connection {
 }
 
 fn count(db: &Connection, table: &str) -> i64 {
+    // If the schema cannot be read, SQLite looks for the table in the one that it knows, and says only
+    // that it is not there. This says why.
+    db.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))
+        .unwrap_or_else(|e| panic!("before {table}: {e:?}"));
     let sql = format!("SELECT count(*) FROM {table}");
     db.query_row(&sql, [], |row| row.get(0))
         .unwrap_or_else(|e| panic!("count {table}: {e}"))

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::{Config, ConfigError, ExecConfig};
 use crate::node;
 use crate::telemetry::logging::{self, Verbosity};
+use crate::thread;
 
 use super::report;
 
@@ -66,6 +67,7 @@ pub(super) fn run(args: MountArgs) -> ExitCode {
     logging::init(&config.log, verbosity);
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .on_thread_start(thread::begin)
         .build()
     {
         Ok(runtime) => runtime,

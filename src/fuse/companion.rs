@@ -19,11 +19,12 @@
 //! - Without CAP_SYS_NICE, which it takes to come back from that class, nothing is done.
 
 use std::cell::Cell;
-use std::mem::{size_of, zeroed};
+use std::mem::zeroed;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::time::Duration;
 
 use crate::clock;
+use crate::thread::{self, Schedule};
 
 /// Requests of one client in a row with which a run begins.
 const RUN: u32 = 16;
@@ -37,9 +38,8 @@ const CAP_SYS_NICE: u32 = 23;
 
 /// See the module.
 pub(super) struct Companion {
-    able: bool,
-    /// Processors that the threads may use.
-    everywhere: libc::cpu_set_t,
+    /// How the threads are otherwise; `None`: nothing can be done.
+    usual: Option<&'static Schedule>,
     /// ID of the thread that is with its client; 0: none.
     active: AtomicI32,
     /// In nanoseconds of [`clock::boot_time`]: no run begins before.
@@ -65,11 +65,8 @@ thread_local! {
 
 impl Companion {
     pub fn new() -> Companion {
-        let everywhere = affinity();
         Companion {
-            able: everywhere.is_some() && has_capability(CAP_SYS_NICE),
-            // SAFETY: a set of processors is valid with all bits zero.
-            everywhere: everywhere.unwrap_or_else(|| unsafe { zeroed() }),
+            usual: thread::usual().filter(|_| has_capability(CAP_SYS_NICE)),
             active: AtomicI32::new(0),
             rest_until: AtomicU64::new(0),
             pause: AtomicU64::new(nanos(FIRST_PAUSE)),
@@ -78,7 +75,7 @@ impl Companion {
 
     /// This thread serves a request of this client's thread; 0: nobody knows which.
     pub fn note(&self, client: u32) {
-        if !self.able {
+        if self.usual.is_none() {
             return;
         }
         let mut served = SERVED.get();
@@ -175,7 +172,7 @@ impl Companion {
         {
             return None;
         }
-        if !stay_on(its) || !set_class(this, libc::SCHED_IDLE) {
+        if !thread::stay_on(its) || !thread::give_way() {
             self.leave();
             return None;
         }
@@ -195,20 +192,14 @@ impl Companion {
     }
 
     fn restore(&self, thread: i32) {
-        if !set_class(thread, libc::SCHED_OTHER) {
-            tracing::warn!("a thread that serves requests stays in the class SCHED_IDLE");
-        }
-        // SAFETY: reads a set of this size that outlives the call. Fails if the thread has ended.
-        unsafe {
-            libc::sched_setaffinity(thread, size_of::<libc::cpu_set_t>(), &self.everywhere);
+        let done = self.usual.map_or(Ok(()), |usual| usual.give(thread));
+        // It may have ended.
+        if let Err(error) = done
+            && error.raw_os_error() != Some(libc::ESRCH)
+        {
+            tracing::warn!(%error, "a thread that serves requests stays in the class SCHED_IDLE");
         }
     }
-}
-
-/// A thread that was started by one which serves requests has the class of that, which nobody would
-/// end: it is as others are from here on.
-pub(super) fn begin_as_usual() {
-    set_class(0, libc::SCHED_OTHER);
 }
 
 fn nanos(time: Duration) -> u64 {
@@ -227,36 +218,6 @@ fn times_slept() -> i64 {
         let mut usage: libc::rusage = zeroed();
         libc::getrusage(libc::RUSAGE_THREAD, &mut usage);
         usage.ru_nvcsw
-    }
-}
-
-fn affinity() -> Option<libc::cpu_set_t> {
-    // SAFETY: a set of processors is valid with all bits zero, and the call fills one of this size
-    // that outlives it.
-    unsafe {
-        let mut set: libc::cpu_set_t = zeroed();
-        (libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) == 0).then_some(set)
-    }
-}
-
-/// Has this thread run on this processor alone; whether that can be.
-fn stay_on(processor: usize) -> bool {
-    if processor >= libc::CPU_SETSIZE as usize {
-        return false;
-    }
-    // SAFETY: the number is one of the set's; the call reads a set of this size that outlives it.
-    unsafe {
-        let mut set: libc::cpu_set_t = zeroed();
-        libc::CPU_SET(processor, &mut set);
-        libc::sched_setaffinity(0, size_of::<libc::cpu_set_t>(), &set) == 0
-    }
-}
-
-fn set_class(thread: i32, class: i32) -> bool {
-    // SAFETY: all bits zero are a valid parameter, which outlives the call.
-    unsafe {
-        let parameter: libc::sched_param = zeroed();
-        libc::sched_setscheduler(thread, class, &parameter) == 0
     }
 }
 
@@ -284,16 +245,7 @@ fn has_capability(number: u32) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn class() -> i32 {
-        // SAFETY: takes a number only.
-        unsafe { libc::sched_getscheduler(0) }
-    }
-
-    fn processors() -> i32 {
-        // SAFETY: counts the bits of a set that outlives the call.
-        affinity().map_or(0, |set| unsafe { libc::CPU_COUNT(&set) })
-    }
+    use crate::thread::tests::schedule;
 
     /// A thread of its own, whose class and processors the others do not share.
     fn alone(test: impl FnOnce() + Send + 'static) {
@@ -304,21 +256,25 @@ mod tests {
     fn a_run_of_one_client_is_accompanied_until_another_comes() {
         alone(|| {
             let companion = Companion::new();
-            if !companion.able {
+            if companion.usual.is_none() {
                 return;
             }
-            let (before, client) = (processors(), std::process::id());
+            let (before, client) = (schedule().1, std::process::id());
             for _ in 0..=RUN {
-                assert_eq!(class(), libc::SCHED_OTHER);
+                assert_eq!(schedule().0, libc::SCHED_OTHER);
                 companion.note(client);
             }
-            assert_eq!((class(), processors()), (libc::SCHED_IDLE, 1));
+            assert_eq!(schedule(), (libc::SCHED_IDLE, 1));
             companion.note(1);
-            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
+            assert_eq!(schedule(), (libc::SCHED_OTHER, before));
             for _ in 0..10 * RUN {
                 companion.note(0);
             }
-            assert_eq!(class(), libc::SCHED_OTHER, "a client that nobody knows");
+            assert_eq!(
+                schedule().0,
+                libc::SCHED_OTHER,
+                "a client that nobody knows"
+            );
         });
     }
 
@@ -326,20 +282,20 @@ mod tests {
     fn after_a_stall_the_thread_is_as_it_was_and_stays_so_for_a_while() {
         alone(|| {
             let companion = Companion::new();
-            if !companion.able {
+            if companion.usual.is_none() {
                 return;
             }
-            let (before, client) = (processors(), std::process::id());
+            let (before, client) = (schedule().1, std::process::id());
             companion.note_stall();
             (0..=RUN).for_each(|_| companion.note(client));
-            assert_eq!(class(), libc::SCHED_IDLE);
+            assert_eq!(schedule().0, libc::SCHED_IDLE);
             companion.note_stall();
-            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
+            assert_eq!(schedule(), (libc::SCHED_OTHER, before));
             (0..10 * RUN).for_each(|_| companion.note(client));
-            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
+            assert_eq!(schedule(), (libc::SCHED_OTHER, before));
             companion.rest_until.store(0, SeqCst);
             (0..=RUN).for_each(|_| companion.note(client));
-            assert_eq!(class(), libc::SCHED_IDLE);
+            assert_eq!(schedule().0, libc::SCHED_IDLE);
         });
     }
 
@@ -347,19 +303,19 @@ mod tests {
     fn a_client_that_waits_for_the_disk_is_not_accompanied() {
         alone(|| {
             let companion = Companion::new();
-            if !companion.able {
+            if companion.usual.is_none() {
                 return;
             }
-            let (before, client) = (processors(), std::process::id());
+            let (before, client) = (schedule().1, std::process::id());
             for _ in 0..10 {
                 (1..RUN).for_each(|_| companion.note(client));
                 companion.note_disk();
             }
-            assert_eq!(class(), libc::SCHED_OTHER);
+            assert_eq!(schedule().0, libc::SCHED_OTHER);
             (0..=RUN).for_each(|_| companion.note(client));
-            assert_eq!(class(), libc::SCHED_IDLE);
+            assert_eq!(schedule().0, libc::SCHED_IDLE);
             companion.note_disk();
-            assert_eq!((class(), processors()), (libc::SCHED_OTHER, before));
+            assert_eq!(schedule(), (libc::SCHED_OTHER, before));
         });
     }
 
@@ -367,18 +323,18 @@ mod tests {
     fn one_thread_at_a_time_accompanies_a_client() {
         alone(|| {
             let companion = Companion::new();
-            if !companion.able {
+            if companion.usual.is_none() {
                 return;
             }
             let client = std::process::id();
             (0..=RUN).for_each(|_| companion.note(client));
-            assert_eq!(class(), libc::SCHED_IDLE);
+            assert_eq!(schedule().0, libc::SCHED_IDLE);
             std::thread::scope(|s| {
                 s.spawn(|| {
                     // It inherits the class.
                     companion.restore(thread_id());
                     (0..10 * RUN).for_each(|_| companion.note(client));
-                    assert_eq!(class(), libc::SCHED_OTHER);
+                    assert_eq!(schedule().0, libc::SCHED_OTHER);
                 });
             });
         });

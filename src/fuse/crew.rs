@@ -22,6 +22,8 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex};
 
+use crate::thread;
+
 use super::companion::Companion;
 
 /// How often the monitor looks.
@@ -106,10 +108,7 @@ impl Crew {
                 }
             }
         };
-        match std::thread::Builder::new()
-            .name("tenure-monitor".to_owned())
-            .spawn(watch)
-        {
+        match thread::start("monitor", watch) {
             Ok(handle) => {
                 let first = crew.monitor.set(handle.thread().clone()).is_ok();
                 assert!(first, "a crew has one monitor");

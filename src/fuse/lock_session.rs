@@ -22,6 +22,7 @@ use fuser::*;
 use parking_lot::Mutex;
 
 use crate::store::{Database, HALT_WAIT, Name, Role, Store, StoreError};
+use crate::thread;
 
 use super::nodes::ROOT;
 
@@ -153,9 +154,7 @@ fn apart(shared: &Arc<Shared>, work: impl FnOnce(&Shared) + Send + 'static) -> b
         work(&inner);
         inner.waiting.fetch_sub(1, Ordering::AcqRel);
     };
-    let started = std::thread::Builder::new()
-        .name("tenure-halt".to_owned())
-        .spawn(run);
+    let started = thread::start("halt", run);
     if started.is_err() {
         shared.waiting.fetch_sub(1, Ordering::AcqRel);
     }

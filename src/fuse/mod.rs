@@ -25,6 +25,7 @@ use tokio::sync::watch;
 
 use crate::store::front::{Front, Holders};
 use crate::store::{LOCK_DIR, Store};
+use crate::thread;
 
 mod attr;
 mod companion;
@@ -111,10 +112,7 @@ impl Mount {
             }
             tx.send_replace(true);
         };
-        std::thread::Builder::new()
-            .name("tenure-fuse".to_owned())
-            .spawn(serve)
-            .map_err(failed)?;
+        thread::start("fuse", serve).map_err(failed)?;
         let root = open_root(&dir).map_err(failed)?;
         let device = root.metadata().map_err(failed)?.dev();
         store.set_front(Some(Arc::new(Kernel {
@@ -190,10 +188,7 @@ fn mount_locks(store: &Arc<Store>, dir: &Path, options: &MountOptions) -> io::Re
             tracing::warn!(error = %e, "the mount of the halt locks ended");
         }
     };
-    std::thread::Builder::new()
-        .name("tenure-locks".to_owned())
-        .spawn(serve)
-        .map(drop)
+    thread::start("locks", serve).map(drop)
 }
 
 /// Enough that those that flush a log leave some that answer.

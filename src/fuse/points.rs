@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use crate::thread;
+
 use super::{FS_NAME, MountError};
 
 /// How long a mount may take to say whether it lives.
@@ -70,11 +72,13 @@ fn detach_stale(dir: &Path) -> Result<(), String> {
 fn is_served(dir: &Path) -> bool {
     let (tx, rx) = mpsc::channel();
     let path = dir.to_owned();
-    std::thread::spawn(move || {
+    let probe = move || {
         let dead = fs::read_dir(&path).is_err_and(|e| e.raw_os_error() == Some(libc::ENOTCONN));
         // Nobody listens any more after the probe's time.
         tx.send(!dead).ok();
-    });
+    };
+    // Without a thread nothing is sent either.
+    let _ = thread::start("probe", probe);
     rx.recv_timeout(PROBE).unwrap_or(true)
 }
 

@@ -11,9 +11,9 @@ use fuser::*;
 use parking_lot::Mutex;
 
 use crate::store::{CopiedFile, Database, DbFile, FileKind, Name, Role, Store, StoreError, Way};
+use crate::thread;
 
 use super::attr::{self};
-use super::companion;
 use super::copies::Copies;
 use super::crew::Crew;
 use super::handles::{self, SQLITE};
@@ -359,12 +359,7 @@ pub(super) fn answer(
 
 /// Runs what may wait for long. Dropped unrun, a reply is an error.
 pub(super) fn on_a_thread(work: impl FnOnce() + Send + 'static) {
-    let name = "tenure-request".to_owned();
-    let work = move || {
-        companion::begin_as_usual();
-        work();
-    };
-    if let Err(e) = std::thread::Builder::new().name(name).spawn(work) {
+    if let Err(e) = thread::start("request", work) {
         tracing::warn!(error = %e, "no thread for a request, which fails: a copy into the mount, a write past the cache, or a removal");
     }
 }

@@ -11,6 +11,7 @@ use parking_lot::{Condvar, Mutex};
 use tokio::sync::watch;
 
 use crate::clock;
+use crate::thread;
 
 use super::Status;
 
@@ -43,9 +44,7 @@ impl Watchdog {
             });
             return Ok(Watchdog(shared));
         }
-        std::thread::Builder::new()
-            .name("tenure-watchdog".into())
-            .spawn(move || watched.watch(&status))?;
+        thread::start("watchdog", move || watched.watch(&status))?;
         Ok(Watchdog(shared))
     }
 

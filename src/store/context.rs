@@ -14,6 +14,7 @@ use rand::{RngCore, SeedableRng};
 use tokio::sync::{Notify, broadcast};
 
 use crate::ltx::Pos;
+use crate::thread;
 
 use super::clients::Clients;
 use super::database::Database;
@@ -371,10 +372,7 @@ impl Context {
 }
 
 fn spawn(name: &str, work: impl FnOnce() + Send + 'static) -> Option<std::thread::Thread> {
-    match std::thread::Builder::new()
-        .name(format!("tenure-{name}"))
-        .spawn(work)
-    {
+    match thread::start(name, work) {
         Ok(handle) => Some(handle.thread().clone()),
         Err(e) => panic!("cannot start the {name} thread: {e}"),
     }

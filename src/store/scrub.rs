@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use crate::ltx;
 use crate::sqlite::wal::FRAME_HEADER_SIZE;
+use crate::thread;
 
 use super::Store;
 use super::database::{Database, now_ms, read_or_zeros};
@@ -57,15 +58,13 @@ impl Store {
         assert!(options.rate > 0, "a scrub that reads nothing never ends");
         let (handle, stop) = channel();
         let store = Arc::downgrade(self);
-        std::thread::Builder::new()
-            .name("tenure-scrub".to_owned())
-            .spawn(move || {
-                let mut pace = Pace::new(options.rate, stop);
-                let mut wait = options.interval.min(FIRST_DELAY);
-                while pace.pause(wait) && pass(&store, &mut pace).is_some() {
-                    wait = options.interval;
-                }
-            })?;
+        thread::start("scrub", move || {
+            let mut pace = Pace::new(options.rate, stop);
+            let mut wait = options.interval.min(FIRST_DELAY);
+            while pace.pause(wait) && pass(&store, &mut pace).is_some() {
+                wait = options.interval;
+            }
+        })?;
         Ok(Scrub(handle))
     }
 }

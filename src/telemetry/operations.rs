@@ -19,6 +19,7 @@ use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, TrySendError, sync_cha
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::config::TracingConfig;
+use crate::thread;
 
 use super::rolling::Rolling;
 
@@ -81,9 +82,7 @@ impl OperationLog {
             line: String::new(),
             complained: None,
         };
-        std::thread::Builder::new()
-            .name("tenure-oplog".to_owned())
-            .spawn(move || writer.run(&operations))?;
+        thread::start("oplog", move || writer.run(&operations))?;
         Ok(OperationLog { queue, lost })
     }
 

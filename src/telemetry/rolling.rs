@@ -18,6 +18,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 
 use crate::private;
+use crate::thread;
 
 /// See the module.
 #[derive(Debug)]
@@ -146,8 +147,7 @@ fn compress_beside(path: PathBuf) -> Option<JoinHandle<()>> {
             tracing::warn!(path = %path.display(), %error, "an old operation log is not compressed");
         }
     };
-    let thread = std::thread::Builder::new().name("tenure-compress".to_owned());
-    match thread.spawn(work) {
+    match thread::start("compress", work) {
         Ok(thread) => Some(thread),
         Err(error) => {
             tracing::warn!(path = shown, %error, "an old operation log is not compressed");

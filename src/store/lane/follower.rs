@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use crate::thread;
+
 use super::super::context::Context;
 use super::super::database::{Database, DbFile, State};
 
@@ -131,9 +133,7 @@ impl Inotify {
             watched: watched.clone(),
             again: HashMap::new(),
         };
-        std::thread::Builder::new()
-            .name("tenure-follower".to_owned())
-            .spawn(move || looks.run())?;
+        thread::start("follower", move || looks.run())?;
         Ok(Inotify {
             fd,
             watched: WatchedDebug(watched),
