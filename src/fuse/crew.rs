@@ -9,13 +9,14 @@
 //! One thread must not hold everybody up while it waits for a disk, so a monitor looks every
 //! millisecond, while there are requests at all: if no thread is waiting in the kernel and none has
 //! finished a request since it last looked, a parked one is called. It looks more rarely while there
-//! is one client alone: each time that it wakes up the scheduler moves that client away.
+//! is one client alone: each time that it wakes up the scheduler moves that client away. Where several
+//! clients are at work a parked thread is called at once by the one that is about to flush.
 //!
 //! Invariant: `reading` is the number of threads that are, or are about to be, waiting in the
 //! kernel for a request.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicIsize, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::Thread;
 use std::time::Duration;
@@ -33,11 +34,17 @@ const TICK_ALONE: Duration = Duration::from_millis(5);
 /// Ticks without a request after which the monitor sleeps.
 const IDLE_TICKS: u32 = 50;
 
+/// Requests since another client's within which several clients are at work.
+const TOGETHER: u64 = 64;
+
 /// The threads of a mount; see the module.
 pub(super) struct Crew {
     reading: AtomicIsize,
     /// Requests served.
     served: AtomicU64,
+    /// Whose request came last, and how many had been served when it was another client's before.
+    client: AtomicU32,
+    turned_at: AtomicU64,
     companion: Companion,
     parked: Mutex<Parked>,
     bell: Condvar,
@@ -74,6 +81,8 @@ impl Crew {
         let crew = Arc::new(Crew {
             reading: AtomicIsize::new(size as isize),
             served: AtomicU64::new(0),
+            client: AtomicU32::new(0),
+            turned_at: AtomicU64::new(0),
             companion: Companion::new(),
             parked: Mutex::default(),
             bell: Condvar::new(),
@@ -127,6 +136,9 @@ impl Crew {
     /// This thread serves a request of a client's thread until the turn is dropped.
     pub fn turn(self: &Arc<Self>, client: u32) -> Turn<'_> {
         self.companion.note(client);
+        if self.client.swap(client, Ordering::Relaxed) != client {
+            self.turned_at.store(self.served(), Ordering::Relaxed);
+        }
         self.reading.fetch_sub(1, Ordering::Relaxed);
         if self.monitor_sleeps.load(Ordering::Relaxed)
             && self.monitor_sleeps.swap(false, Ordering::SeqCst)
@@ -139,9 +151,20 @@ impl Crew {
         Turn(self)
     }
 
-    /// The request that this thread serves waits for the disk.
+    /// The request that this thread serves may wait for the disk.
     pub fn note_disk(&self) {
         self.companion.note_disk();
+    }
+
+    /// It commits to a WAL, and may flush the log. (In the rollback modes, which make many more requests
+    /// a commit, to call another thread there did not show.)
+    pub fn note_flush(&self) {
+        let turned_at = self.turned_at.load(Ordering::Relaxed);
+        if self.served().saturating_sub(turned_at) < TOGETHER
+            && self.reading.load(Ordering::Relaxed) <= 0
+        {
+            self.call_one();
+        }
     }
 
     fn call_one(&self) {

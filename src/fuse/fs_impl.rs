@@ -334,7 +334,12 @@ impl Filesystem for TenureFs {
         self.crew.note_disk();
         let reply = self.watch.reads("fsync", About::Ino(ino), reply);
         match self.nodes.get(ino.0) {
-            Some(Node::File(f)) => f.db.sync(&f.file, Box::new(answer(reply))),
+            Some(Node::File(f)) => {
+                if f.file.kind == FileKind::Wal {
+                    self.crew.note_flush();
+                }
+                f.db.sync(&f.file, Box::new(answer(reply)));
+            }
             Some(_) => reply.ok(),
             None => reply.error(Errno::ESTALE),
         }

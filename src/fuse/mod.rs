@@ -194,7 +194,7 @@ fn mount_locks(store: &Arc<Store>, dir: &Path, options: &MountOptions) -> io::Re
 /// Enough that those that flush a log leave some that answer.
 fn worker_threads() -> usize {
     let cpus = std::thread::available_parallelism().map_or(2, |n| n.get());
-    (cpus * 2).clamp(4, 16)
+    (cpus * 4).clamp(8, 32)
 }
 
 fn open_root(dir: &Path) -> io::Result<File> {

@@ -197,6 +197,7 @@ impl Segment {
             offsets: Vec::new(),
             tail: SEGMENT_HEADER_SIZE,
             allocated: SEGMENT_HEADER_SIZE + record.disk_size(),
+            filled: 0,
         };
         let mut head = encode_header(salt, record.max_txid).to_vec();
         head.extend_from_slice(&record.encode(salt));
