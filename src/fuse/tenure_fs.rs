@@ -195,9 +195,7 @@ impl TenureFs {
         };
         match problem {
             None => {
-                tracing::warn!(
-                    "fuse.wal-capture: tail is experimental, and not for databases that shrink (auto_vacuum, VACUUM): see SEMANTICS.md, 13"
-                );
+                tracing::warn!("fuse.wal-capture: tail is experimental: see SEMANTICS.md, 13");
                 self.lanes.store(true, Ordering::Release);
             }
             Some(problem) => {
