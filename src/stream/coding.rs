@@ -40,6 +40,11 @@ const LARGE: usize = 32 << 10;
 /// log2 of the entries that a coder remembers places of the window by: enough for the window, and
 /// less than zstd would take.
 const HASH_LOG: u32 = 12;
+/// The least bytes that a large piece becomes. HTTP/2's receivers end a connection in which too many
+/// frames that are smaller wait to be read, as those of a snapshot with little in it would.
+const LEAST: usize = 256;
+/// What a frame begins with that zstd's decoders skip (RFC 8878, 3.1.2); its length follows, as a u32.
+const SKIPPED: [u8; 4] = 0x184d_2a50_u32.to_le_bytes();
 /// Bytes that are compressed at once: what a coder needs beside the window is a multiple of it.
 const BLOCK: u32 = 8 << 10;
 
@@ -81,6 +86,10 @@ impl Coder {
             with_room(&mut coded, |out| self.zstd.run(&mut input, out))?;
         }
         while with_room(&mut coded, |out| self.zstd.flush(out))? > 0 {}
+        if piece.len() >= LARGE && coded.len() < LEAST {
+            self.end_frame(&mut coded)?;
+            pad(&mut coded);
+        }
         Ok(coded.into())
     }
 
@@ -106,6 +115,14 @@ impl Coder {
         while with_room(coded, |out| self.zstd.finish(out, true))? > 0 {}
         Ok(())
     }
+}
+
+/// Makes [`LEAST`] bytes of less, between two frames.
+fn pad(coded: &mut Vec<u8>) {
+    let rest = LEAST.saturating_sub(coded.len() + SKIPPED.len() + size_of::<u32>());
+    coded.extend_from_slice(&SKIPPED);
+    coded.extend_from_slice(&(rest as u32).to_le_bytes());
+    coded.resize(coded.len() + rest, 0);
 }
 
 /// Runs a step of zstd with room for its output behind what is there.
@@ -239,6 +256,17 @@ mod tests {
         assert!(coded.len() < 100_000);
         let mut decoder = Decoder::new().unwrap();
         assert_eq!(decode_all(&mut decoder, coded).unwrap(), zeros);
+    }
+
+    #[test]
+    fn a_large_piece_with_little_in_it_is_no_tiny_frame() {
+        let (mut coder, mut decoder) = (Coder::new().unwrap(), Decoder::new().unwrap());
+        let zeros = vec![0; 64 << 10];
+        for piece in [zeros.clone(), zeros.clone(), page(1), zeros, page(1)] {
+            let coded = coder.encode(&piece).unwrap();
+            assert!(coded.len() >= LEAST, "{}", coded.len());
+            assert_eq!(decode_all(&mut decoder, coded).unwrap(), piece);
+        }
     }
 
     #[test]
