@@ -82,10 +82,9 @@ impl<'a> Appender<'a> {
             length: self.length,
             min_txid: self.min_txid,
             max_txid: self.max_txid,
-            flushed_txid: if self.replaces {
-                0
-            } else {
-                self.inner.flushed_txid
+            flushed_txid: match self.replaces {
+                true => self.max_txid,
+                false => self.inner.flushed_txid,
             },
             body_crc: self.crc.finalize(),
         };

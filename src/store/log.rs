@@ -301,7 +301,11 @@ impl Log {
         let mut inner = self.inner.lock();
         let replaces = self.check_next(&inner, min_txid)?;
         let path = self.next_segment(&mut inner, max_txid, replaces)?;
-        let flushed = if replaces { 0 } else { inner.flushed_txid };
+        let flushed = if replaces {
+            max_txid
+        } else {
+            inner.flushed_txid
+        };
         let mut segment = loose
             .seal(self.random.next(), (min_txid, max_txid), flushed)
             .map_err(StoreError::io("write log segment", loose.path()))?;

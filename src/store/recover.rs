@@ -183,7 +183,8 @@ impl Database {
             let reader = std::io::BufReader::with_capacity(256 << 10, record.body);
             let decoder = Decoder::new(reader).map_err(StoreError::ltx(&context))?;
             let header = decoder.header();
-            redone.anew |= header.commit == 0 || (header.is_snapshot() && max > 1);
+            let replaces = header.is_snapshot() && (max > 1 || record.header.flushed_txid == max);
+            redone.anew |= header.commit == 0 || replaces;
             self.redo_record(st, file, decoder, &context)?;
             next = max + 1;
         }

@@ -43,7 +43,8 @@ pub struct RecordHeader {
     pub min_txid: u64,
     /// Last TXID.
     pub max_txid: u64,
-    /// The TXID up to which the log was on disk when this was written.
+    /// The TXID up to which the log was on disk when this was written. That of the record itself: it
+    /// took the place of another log, once it was on disk.
     pub flushed_txid: u64,
     /// CRC of the LTX file's bytes.
     pub body_crc: u64,
