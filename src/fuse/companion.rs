@@ -30,6 +30,8 @@ use crate::thread::{self, Schedule};
 const RUN: u32 = 16;
 /// Requests in a run after which the thread sees whether it is still on the client's processor.
 const LOOK: u32 = 8;
+/// Looks in a run after which nothing keeps the thread from the processor.
+const STEADY: u32 = 64;
 /// The first and the longest pause after a run in which the thread was kept from the processor.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
@@ -57,10 +59,12 @@ struct Served {
     processor: Option<usize>,
     /// How often the thread had gone to sleep when that was last seen to.
     slept: i64,
+    /// How often it was seen to be with the client.
+    steady: u32,
 }
 
 thread_local! {
-    static SERVED: Cell<Served> = const { Cell::new(Served { client: 0, count: 0, processor: None, slept: 0 }) };
+    static SERVED: Cell<Served> = const { Cell::new(Served { client: 0, count: 0, processor: None, slept: 0, steady: 0 }) };
 }
 
 impl Companion {
@@ -107,10 +111,15 @@ impl Companion {
         let is_apart = served.slept - before >= i64::from(LOOK / 2);
         let is_with_it = served.processor.is_some() && self.active.load(SeqCst) == thread_id();
         if is_with_it && !is_apart {
-            // What kept it from the processor before does not any more.
-            self.pause.store(nanos(FIRST_PAUSE), SeqCst);
+            served.steady += 1;
+            if served.steady == STEADY {
+                self.pause.store(nanos(FIRST_PAUSE), SeqCst);
+            }
         } else {
             served.processor = self.accompany(client, served.processor);
+            if served.processor.is_none() {
+                served.steady = 0;
+            }
         }
     }
 
