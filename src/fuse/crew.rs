@@ -156,8 +156,7 @@ impl Crew {
         self.companion.note_disk();
     }
 
-    /// It commits to a WAL, and may flush the log. (In the rollback modes, which make many more requests
-    /// a commit, to call another thread there did not show.)
+    /// It may flush the log.
     pub fn note_flush(&self) {
         let turned_at = self.turned_at.load(Ordering::Relaxed);
         if self.served().saturating_sub(turned_at) < TOGETHER

@@ -335,7 +335,7 @@ impl Filesystem for TenureFs {
         let reply = self.watch.reads("fsync", About::Ino(ino), reply);
         match self.nodes.get(ino.0) {
             Some(Node::File(f)) => {
-                if f.file.kind == FileKind::Wal {
+                if matches!(f.file.kind, FileKind::Database | FileKind::Wal) {
                     self.crew.note_flush();
                 }
                 f.db.sync(&f.file, Box::new(answer(reply)));

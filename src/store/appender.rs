@@ -73,11 +73,32 @@ impl<'a> Appender<'a> {
         Ok(())
     }
 
+    /// Leaves the record out of the log until it is [confirmed](super::log::Log::confirm): the next
+    /// flush takes it to the disk, and only a start that finds it there takes it for a part of the log.
+    pub fn hold(mut self) -> Result<(), StoreError> {
+        assert!(!self.replaces, "a snapshot is never held");
+        let path = self.segment().path.clone();
+        let header = self
+            .write()
+            .map_err(StoreError::io("append to log segment", &path))?;
+        self.inner.seq += 1;
+        self.inner.held = Some(header);
+        Ok(())
+    }
+
     fn segment(&mut self) -> &mut Segment {
         self.inner.segments.back_mut().expect("begin() made one")
     }
 
     fn finish(&mut self) -> io::Result<()> {
+        let header = self.write()?;
+        self.segment().push(&header);
+        self.inner.seq += 1;
+        Ok(())
+    }
+
+    /// The whole record, at the tail.
+    fn write(&mut self) -> io::Result<RecordHeader> {
         let header = RecordHeader {
             length: self.length,
             min_txid: self.min_txid,
@@ -98,9 +119,7 @@ impl<'a> Appender<'a> {
             let seg = self.segment();
             seg.file.write_all_at(&encoded, seg.tail)?;
         }
-        self.segment().push(&header);
-        self.inner.seq += 1;
-        Ok(())
+        Ok(header)
     }
 
     /// Writes the buffered bytes, preallocating as needed.
@@ -137,7 +156,8 @@ impl Drop for Appender<'_> {
     /// A segment that was begun for a record that is given up goes with it: the next record is
     /// another one, and an empty segment between others would look like a gap.
     fn drop(&mut self) {
-        if !self.inner.segments.back().is_some_and(Segment::is_empty) {
+        let is_empty = self.inner.segments.back().is_some_and(Segment::is_empty);
+        if !is_empty || self.inner.held.is_some() {
             return;
         }
         if let Some(s) = self.inner.segments.pop_back()

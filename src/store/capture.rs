@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use crate::ltx::{self, Encoder, Header, Pos};
 
+use super::appender::Appender;
 use super::database::{Database, State, now_ms};
 use super::error::StoreError;
 use super::gate::Pass;
@@ -63,11 +64,24 @@ impl Database {
         place: WalPlace,
         read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
     ) -> Result<Captured, StoreError> {
+        let (captured, appender) = self.write_transaction(st, changed, shape, place, read)?;
+        appender.commit()?;
+        Ok(captured)
+    }
+
+    /// The same, with the record still to be committed.
+    pub(super) fn write_transaction(
+        &self,
+        st: &State,
+        changed: Vec<(u32, u64)>,
+        shape: Shape,
+        place: WalPlace,
+        read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
+    ) -> Result<(Captured, Appender<'_>), StoreError> {
         let txid = st.pos.txid + 1;
         let mut appender = self.log().begin(txid, txid)?;
         let captured = self.encode_transaction(st, changed, shape, place, read, &mut appender)?;
-        appender.commit()?;
-        Ok(captured)
+        Ok((captured, appender))
     }
 
     /// Writes the LTX file of a transaction that follows the state.

@@ -196,6 +196,8 @@ pub(super) struct State {
     pub overlay: Overlay,
     /// The journal stands for a transaction that may still be rolled back.
     pub journal_active: bool,
+    /// The transaction that the journal stands for, if it is logged already.
+    pub early: Option<Captured>,
     /// A transaction of a rollback mode is logged and not yet in the state: nothing may change it.
     pub committing: bool,
     /// An import stands between the reading of the state and its change: applications may not.
@@ -233,6 +235,7 @@ impl State {
             reserved: 0,
             overlay: Overlay::new(scratch),
             journal_active: false,
+            early: None,
             committing: false,
             importing: false,
             rollback_counter: 0,

@@ -249,7 +249,7 @@ impl Database {
             self.log().flush_wait()?;
         }
         let mut st = self.lock();
-        self.check_writable(&st)?;
+        self.check_writable(&mut st)?;
         if st.journal_active {
             return self.hold_back(&mut st, offset, data);
         }
@@ -259,11 +259,13 @@ impl Database {
         Err(self.refuse("a write to the database without a journal: PRAGMA journal_mode OFF and MEMORY cannot be used here, nor can programs that change a database file by themselves"))
     }
 
-    /// Whether an application may change anything at this moment.
-    pub(super) fn check_writable(&self, st: &State) -> Result<(), StoreError> {
+    /// Whether an application may change anything at this moment. A transaction that is refused
+    /// something is not committed by a start either.
+    pub(super) fn check_writable(&self, st: &mut State) -> Result<(), StoreError> {
         self.check_usable(st)?;
         if !self.is_writable() {
-            return Err(StoreError::NotPrimary(self.name.clone()));
+            let refused = Err(StoreError::NotPrimary(self.name.clone()));
+            return self.withdraw(st).and(refused);
         }
         if st.committing {
             return Err(self.refuse("a write while a transaction is being committed"));
@@ -282,7 +284,7 @@ impl Database {
         data: &[u8],
     ) -> Result<Option<JournalEnd>, StoreError> {
         let mut st = self.lock();
-        self.check_writable(&st)?;
+        self.check_writable(&mut st)?;
         self.check_no_lane(&st)?;
         if offset >= journal::MAGIC.len() as u64 {
             drop(st);
@@ -317,8 +319,8 @@ impl Database {
         let result = match f.kind {
             FileKind::Database => self.truncate_database(size),
             FileKind::Journal => {
-                let st = self.lock();
-                if let Err(e) = self.check_writable(&st) {
+                let mut st = self.lock();
+                if let Err(e) = self.check_writable(&mut st) {
                     Err(e)
                 } else if st.journal_active && size < journal::HEADER_SIZE as u64 {
                     drop(st);
@@ -340,7 +342,7 @@ impl Database {
 
     fn truncate_database(self: &Arc<Self>, size: u64) -> Result<(), StoreError> {
         let mut st = self.lock();
-        self.check_writable(&st)?;
+        self.check_writable(&mut st)?;
         if st.lane.is_some() {
             // The end of a checkpoint, after which the WAL may be overwritten.
             self.follow(&mut st)?;
@@ -348,6 +350,7 @@ impl Database {
         }
         let path = self.path(FileKind::Database);
         if st.journal_active {
+            self.withdraw(&mut st)?;
             st.overlay
                 .truncate(size)
                 .map_err(StoreError::io("truncate", &path))?;
@@ -389,7 +392,7 @@ impl Database {
 
     fn truncate_wal(self: &Arc<Self>, f: &DbFile, size: u64) -> Result<(), StoreError> {
         let mut st = self.lock();
-        self.check_writable(&st)?;
+        self.check_writable(&mut st)?;
         self.check_not_forwarding(&st)?;
         self.follow(&mut st)?;
         if size < crate::sqlite::wal::WAL_HEADER_SIZE as u64 {
@@ -412,13 +415,15 @@ impl Database {
             .map_err(StoreError::io("truncate", self.path(FileKind::Wal)))
     }
 
-    /// An fsync: answered once what it promises is true. The log stands for the other files.
+    /// An fsync: answered once what it promises is true. The log stands for the files.
     pub fn sync(self: &Arc<Self>, f: &DbFile, done: Done) {
         if self.is_through(f) {
             return done(self.sync_through(f));
         }
-        if f.kind != FileKind::Wal {
-            return done(Ok(()));
+        match f.kind {
+            FileKind::Database => return self.log_at_sync(done),
+            FileKind::Wal => {}
+            FileKind::Journal | FileKind::Shm => return done(Ok(())),
         }
         let (gate, name, dir) = (
             self.context.gate.clone(),
@@ -450,7 +455,7 @@ impl Database {
         let Some(f) = st.files.slot(kind).clone() else {
             return done(Err(StoreError::NoDatabase(self.mount_name(kind))));
         };
-        let may = self.check_writable(&st);
+        let may = self.check_writable(&mut st);
         if let Err(e) = may.and_then(|()| self.follow(&mut st)) {
             return done(Err(e));
         }
@@ -506,6 +511,10 @@ impl Database {
             let result = self.remove_files(&mut st);
             drop(st);
             return done(result);
+        }
+        if let Err(e) = self.withdraw(&mut st) {
+            drop(st);
+            return done(Err(e));
         }
         let shape = Shape {
             page_size: st.page_size,

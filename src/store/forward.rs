@@ -424,7 +424,7 @@ impl Database {
         let mut st = self.lock();
         let mut ltx = Outgoing::new(self.scratch());
         let captured = self
-            .check_writable(&st)
+            .check_writable(&mut st)
             .and_then(|()| self.prepare_rollback(&mut st, &mut ltx));
         let captured = match captured {
             Ok(Some(c)) => c,

@@ -310,7 +310,7 @@ struct Importing<'a>(&'a Database);
 impl<'a> Importing<'a> {
     fn begin(db: &'a Database) -> Result<Importing<'a>, StoreError> {
         let mut st = db.lock();
-        db.check_writable(&st)?;
+        db.check_writable(&mut st)?;
         st.importing = true;
         Ok(Importing(db))
     }
@@ -543,6 +543,7 @@ impl Database {
         if !st.journal_active {
             return Ok(());
         }
+        self.withdraw(&mut st)?;
         if let Some(f) = st.files.journal.clone() {
             // One that stays is still hot, and what it stands for must stay with it.
             self.disk()

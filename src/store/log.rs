@@ -68,6 +68,8 @@ pub(super) struct Inner {
     history: u64,
     /// Files of ended segments, and directories, that the next flush must sync too.
     unsynced: Vec<File>,
+    /// The record behind the last one, which nobody reads before it is confirmed.
+    pub(super) held: Option<RecordHeader>,
     /// The next record begins a new segment.
     ended: bool,
     /// The directories above have been synced in this life, or will be with the next flush.
@@ -77,6 +79,11 @@ pub(super) struct Inner {
 }
 
 impl Inner {
+    /// The one that is appended to.
+    fn tail_segment(&mut self) -> &mut Segment {
+        self.segments.back_mut().expect("an append makes one")
+    }
+
     fn find(&self, min_txid: u64) -> Option<(&Segment, u64)> {
         let newest_first = self.segments.iter().rev();
         newest_first
@@ -165,6 +172,7 @@ impl Log {
                 flushed_txid,
                 history: 0,
                 unsynced: Vec::new(),
+                held: None,
                 ended: false,
                 has_names: false,
                 failed,
@@ -191,9 +199,51 @@ impl Log {
                 .remove_file(&s.path)
                 .map_err(StoreError::io("remove log segment", &s.path))?;
         }
+        inner.held = None;
         inner.flushed_txid = 0;
         inner.history += 1;
         Ok(())
+    }
+
+    /// Makes the held record a part of the log, if it is this one and is on disk.
+    pub fn confirm(&self, txid: u64) -> bool {
+        let mut inner = self.inner.lock();
+        let held = inner.held.take_if(|h| h.max_txid == txid);
+        let (Some(header), None) = (held, &inner.failed) else {
+            return false;
+        };
+        inner.tail_segment().push(&header);
+        inner.flushed_txid = txid;
+        true
+    }
+
+    /// Gives the held record up: it is gone from the disk when this returns.
+    ///
+    /// # Errors
+    /// Of the system. The log takes no more transactions then: a start may find it.
+    pub fn withdraw(&self) -> Result<(), StoreError> {
+        self.withdraw_held(&mut self.inner.lock())
+    }
+
+    fn withdraw_held(&self, inner: &mut Inner) -> Result<(), StoreError> {
+        if inner.held.take().is_none() {
+            return Ok(());
+        }
+        // What stood at a place that was flushed never stands there as another record.
+        inner.ended = true;
+        let segment = inner.tail_segment();
+        let path = segment.path.clone();
+        let gone = if segment.is_empty() {
+            inner.segments.pop_back();
+            let removed = self.disk.remove_file(&path);
+            removed.and_then(|()| self.disk.sync_dir(&self.dir))
+        } else {
+            segment.end().and_then(|()| segment.file.sync_all())
+        };
+        gone.map_err(|e| {
+            inner.failed = Some(format!("a transaction could not be withdrawn: {e}"));
+            StoreError::io("withdraw a transaction from log segment", &path)(e)
+        })
     }
 
     /// Names who is told of every flush. Once only.
@@ -272,7 +322,7 @@ impl Log {
     /// `min_txid` must follow the last record, or be 1: a snapshot, which replaces the log.
     pub fn begin(&self, min_txid: u64, max_txid: u64) -> Result<Appender<'_>, StoreError> {
         let mut inner = self.inner.lock();
-        let replaces = self.check_next(&inner, min_txid)?;
+        let replaces = self.check_next(&mut inner, min_txid)?;
         let rotate = match inner.segments.back() {
             None => true,
             Some(_) if replaces || min_txid != max_txid || inner.ended => true,
@@ -299,7 +349,7 @@ impl Log {
     /// does with what was written to it.
     pub fn take(&self, loose: &mut Loose, min_txid: u64, max_txid: u64) -> Result<(), StoreError> {
         let mut inner = self.inner.lock();
-        let replaces = self.check_next(&inner, min_txid)?;
+        let replaces = self.check_next(&mut inner, min_txid)?;
         let path = self.next_segment(&mut inner, max_txid, replaces)?;
         let flushed = if replaces {
             max_txid
@@ -322,13 +372,14 @@ impl Log {
     }
 
     /// Whether the record that begins with this TXID takes the place of the log.
-    fn check_next(&self, inner: &Inner, min_txid: u64) -> Result<bool, StoreError> {
+    fn check_next(&self, inner: &mut Inner, min_txid: u64) -> Result<bool, StoreError> {
         if let Some(reason) = &inner.failed {
             return Err(StoreError::corrupt(
                 &self.dir,
                 format!("the log takes no more transactions: {reason}"),
             ));
         }
+        self.withdraw_held(inner)?;
         let last = inner.last_txid();
         assert!(
             min_txid == 1 || min_txid == last + 1 || last == 0,
@@ -496,6 +547,8 @@ impl Log {
         let mut inner = self.inner.lock();
         match &result {
             Ok(()) if inner.history == history => {
+                // One that was held may have been confirmed since.
+                let txid = txid.max(inner.flushed_txid);
                 inner.flushed_txid = txid;
                 // Under the lock, so that what it is told never goes back.
                 if let Some(hook) = self.on_flushed.get() {

@@ -29,6 +29,7 @@ mod copy;
 mod database;
 pub mod disk;
 mod divergent;
+mod early;
 mod epoch;
 mod error;
 mod fault;

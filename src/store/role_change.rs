@@ -181,8 +181,22 @@ impl Database {
         self.roll_back(st)
     }
 
+    /// The same for one that was being flushed then, by the thread that answers it.
+    pub(super) fn take_away(&self, st: &mut State) -> Result<(), StoreError> {
+        let inos = [&st.files.database, &st.files.journal].map(|f| f.as_ref().map(|f| f.ino));
+        let rolled_back = self.roll_back(st);
+        self.context.keep(Job::InvalidateEntries(vec![
+            self.mount_name(FileKind::Journal),
+        ]));
+        for ino in inos.into_iter().flatten() {
+            self.context.keep(Job::InvalidateData(ino));
+        }
+        rolled_back
+    }
+
     /// Drops what a transaction of a rollback mode has written, and its journal.
     pub(super) fn roll_back(&self, st: &mut State) -> Result<(), StoreError> {
+        self.withdraw(st)?;
         st.overlay.clear();
         st.journal_active = false;
         if let Some(file) = &st.files.database {

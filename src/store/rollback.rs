@@ -32,7 +32,7 @@ const RESERVE_STEP: u64 = 16 << 20;
 const MAX_HOLES: u64 = 1 << 30;
 
 /// Pages with their checksums, ascending.
-type PageList = Vec<(u32, u64)>;
+pub(super) type PageList = Vec<(u32, u64)>;
 
 /// How a journal ends.
 #[derive(Debug)]
@@ -77,6 +77,7 @@ impl Database {
         offset: u64,
         data: &[u8],
     ) -> Result<(), StoreError> {
+        self.withdraw(st)?;
         if st.overlay.is_empty() {
             let written = data.len() as u32;
             let size = match st.page_size {
@@ -143,7 +144,7 @@ impl Database {
                     if db.context.gate.is_valid() {
                         Err(failed)
                     } else {
-                        db.roll_back(&mut st).and(Err(failed))
+                        db.take_away(&mut st).and(Err(failed))
                     }
                 }
             };
@@ -207,8 +208,12 @@ impl Database {
         Ok(())
     }
 
-    /// Logs what changed since the journal began, if anything did.
+    /// Logs what changed since the journal began, if anything did and it is not logged yet.
     fn capture_rollback(&self, st: &mut State) -> Result<Option<(Captured, Pass)>, StoreError> {
+        if let Some((captured, pass)) = self.confirm_early(st)? {
+            self.note_captured(&captured);
+            return Ok(Some((captured, pass)));
+        }
         let Some((changed, shape)) = self.changes(st)? else {
             return Ok(None);
         };
@@ -225,6 +230,7 @@ impl Database {
         st: &mut State,
         out: &mut dyn Write,
     ) -> Result<Option<Captured>, StoreError> {
+        self.withdraw(st)?;
         let Some((changed, shape)) = self.changes(st)? else {
             return Ok(None);
         };
@@ -234,7 +240,7 @@ impl Database {
     }
 
     /// What changed since the journal began, with space reserved for it.
-    fn changes(&self, st: &mut State) -> Result<Option<(PageList, Shape)>, StoreError> {
+    pub(super) fn changes(&self, st: &mut State) -> Result<Option<(PageList, Shape)>, StoreError> {
         self.check_usable(st)?;
         if st.view_size == 0 && st.page_count == 0 {
             return Ok(None);
@@ -258,7 +264,12 @@ impl Database {
         Ok(Some((changed, shape)))
     }
 
-    fn read_view_page(&self, st: &State, pgno: u32, page: &mut [u8]) -> Result<(), StoreError> {
+    pub(super) fn read_view_page(
+        &self,
+        st: &State,
+        pgno: u32,
+        page: &mut [u8],
+    ) -> Result<(), StoreError> {
         let read = |page: &mut [u8]| {
             if page.len() == st.overlay.block_size() as usize
                 && st.overlay.read_block(u64::from(pgno - 1), page)?
@@ -411,6 +422,7 @@ impl Database {
 
     /// Nothing changed: what is held back equals what is there.
     fn discard_overlay(&self, st: &mut State) -> Result<(), StoreError> {
+        self.withdraw(st)?;
         st.overlay.clear();
         st.view_size = st.view_size.max(st.committed_size());
         if let Some(file) = st.files.database.clone() {

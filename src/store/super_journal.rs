@@ -128,7 +128,7 @@ impl Store {
             .iter()
             .try_for_each(|db| {
                 let mut st = db.lock();
-                db.check_writable(&st)?;
+                db.check_writable(&mut st)?;
                 let captured = intent.part(db.name(), |out| db.prepare_rollback(&mut st, out))?;
                 if let Some(captured) = captured {
                     st.committing = true;

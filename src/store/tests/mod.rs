@@ -4,6 +4,7 @@
 pub(crate) mod bed;
 mod capture;
 mod divergent;
+mod early;
 mod group;
 mod hostile;
 mod index;
