@@ -1,4 +1,4 @@
-//! Which handles have the kernel's cache: SQLite's, and those that read alone.
+//! Which handles have the kernel's cache: SQLite's, and those that read alone, but for journals.
 //!
 //! Of a write through a cached handle the kernel shows the bytes to every other reader of the file
 //! before the node has seen them, and takes them back if the node refuses. A program that knows
@@ -11,6 +11,8 @@
 //! What arrives are the flags of open(2) but those that end at the opening (O_CLOEXEC, O_EXCL, ...).
 
 use fuser::{FileHandle, FopenFlags};
+
+use crate::store::FileKind;
 
 use super::nodes::Node;
 
@@ -32,6 +34,9 @@ pub(super) fn of(node: &Node, flags: i32) -> (FileHandle, FopenFlags) {
     let uncached = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_NOFLUSH;
     let kept = FopenFlags::FOPEN_KEEP_CACHE;
     match node {
+        // Written once, read hardly ever, and never mapped: a record that crosses a page of memory is
+        // one request in place of two.
+        Node::File(f) if f.file.kind == FileKind::Journal => (SQLITE, uncached),
         Node::File(_) if writes_unlike_sqlite(flags) => (UNCACHED, uncached | kept),
         Node::File(_) | Node::Super(_) => (SQLITE, kept | FopenFlags::FOPEN_NOFLUSH),
         // Their content changes without notice.

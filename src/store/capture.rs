@@ -10,6 +10,10 @@ use super::database::{Database, State, now_ms};
 use super::error::StoreError;
 use super::gate::Pass;
 
+/// Transactions of this many pages and more are logged as they are: to compress them takes longer than
+/// to write them (see bench/RESULTS.md), and their writer waits for it.
+const LARGE: usize = 256;
+
 /// A transaction that is in the log and not yet in the state.
 #[derive(Clone, Debug)]
 pub(super) struct Captured {
@@ -106,7 +110,7 @@ impl Database {
             changed.iter().fold(0, |t, (_, s)| t ^ s) | ltx::CHECKSUM_FLAG
         };
         let header = Header {
-            compressed: self.context.options.compress,
+            compressed: self.context.options.compress && changed.len() < LARGE,
             page_size: shape.page_size,
             commit: shape.commit,
             min_txid: txid,
@@ -119,18 +123,14 @@ impl Database {
             wal_salt2: place.salt2,
             node_id: self.context.node_id,
         };
-        let context = || format!("transaction {txid:016x} of {}", self.name);
-        let mut encoder = Encoder::new(out, header).map_err(StoreError::ltx(context()))?;
+        let failed = |e| StoreError::ltx(format!("transaction {txid:016x} of {}", self.name))(e);
+        let mut encoder = Encoder::new(out, header).map_err(failed)?;
         let mut page = vec![0u8; shape.page_size as usize];
         for (pgno, _) in &changed {
             read(*pgno, &mut page)?;
-            encoder
-                .page(*pgno, &page)
-                .map_err(StoreError::ltx(context()))?;
+            encoder.page(*pgno, &page).map_err(failed)?;
         }
-        encoder
-            .finish(checksum)
-            .map_err(StoreError::ltx(context()))?;
+        encoder.finish(checksum).map_err(failed)?;
         Ok(Captured {
             changed,
             page_size: shape.page_size,

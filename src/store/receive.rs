@@ -161,7 +161,7 @@ impl Incoming {
         db: &str,
         is_new: bool,
     ) -> Result<Incoming, StoreError> {
-        let context = || format!("transaction received for {db}");
+        let failed = |e| StoreError::ltx(format!("transaction received for {db}"))(e);
         let dir = scratch.dir().to_owned();
         let io = |e| StoreError::io("spool a transaction in", &dir)(e);
         let mut spool = Spool::new(scratch.clone());
@@ -170,7 +170,7 @@ impl Incoming {
             spool: &mut spool,
             gathered: Vec::new(),
         })
-        .map_err(StoreError::ltx(context()))?;
+        .map_err(failed)?;
         let header = *decoder.header();
         room::check(&dir, db, &header)?;
         let page_size = u64::from(header.page_size);
@@ -183,10 +183,7 @@ impl Incoming {
         let mut page = vec![0u8; header.page_size as usize];
         let mut pages = Vec::new();
         let mut first = None;
-        while let Some(pgno) = decoder
-            .page(&mut page)
-            .map_err(StoreError::ltx(context()))?
-        {
+        while let Some(pgno) = decoder.page(&mut page).map_err(failed)? {
             if pgno == 1 {
                 first = DbHeader::parse(&page).ok();
             }
@@ -197,10 +194,9 @@ impl Incoming {
             pages.push((pgno, ltx::page_checksum(pgno, &page)));
         }
         run.map_or(Ok(()), |mut run| run.write()).map_err(io)?;
-        let (mut tee, trailer) = decoder.finish().map_err(StoreError::ltx(context()))?;
+        let (mut tee, trailer) = decoder.finish().map_err(failed)?;
         tee.spool().map_err(io)?;
-        ltx::check_transition(&header, &trailer, pages.len() as u32)
-            .map_err(StoreError::ltx(context()))?;
+        ltx::check_transition(&header, &trailer, pages.len() as u32).map_err(failed)?;
         Ok(Incoming {
             header,
             post_apply_checksum: trailer.post_apply_checksum,

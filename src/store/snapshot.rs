@@ -143,22 +143,21 @@ impl Snapshot {
     /// Writes it as an LTX file. `w` should buffer. The LTX header names this node as the creator
     /// only of transactions; a snapshot's is 0, so that a node never takes it for its own.
     pub fn write_to(&mut self, w: &mut dyn Write) -> Result<Pos, StoreError> {
-        let context = || format!("snapshot of {}", self.db.name);
+        let name = self.db.name.clone();
+        let failed = |e| StoreError::ltx(format!("snapshot of {name}"))(e);
         let header = Header {
             node_id: 0,
             ..self.header
         };
-        let mut encoder = Encoder::new(w, header).map_err(StoreError::ltx(context()))?;
+        let mut encoder = Encoder::new(w, header).map_err(failed)?;
         let lock_page = ltx::lock_pgno(header.page_size);
         self.for_pages(|pgno, page| {
             if pgno == lock_page {
                 return Ok(());
             }
-            encoder.page(pgno, page).map_err(StoreError::ltx(context()))
+            encoder.page(pgno, page).map_err(failed)
         })?;
-        encoder
-            .finish(self.checksum)
-            .map_err(StoreError::ltx(context()))?;
+        encoder.finish(self.checksum).map_err(failed)?;
         Ok(self.pos())
     }
 
