@@ -149,9 +149,9 @@ impl Database {
         Ok(())
     }
 
-    /// Without the sender's word: what this node made itself, in this life or another, since it last
-    /// received something, and what the snapshot does not reach. `None`: some of it is, or may be,
-    /// not in the log any more.
+    /// Without the sender's word: all that the log has, if this node made some of it itself, in this
+    /// life or another, since it last received something, or the snapshot does not reach it. `None`:
+    /// some of it is, or may be, not in the log any more.
     fn unshared(
         &self,
         incoming: &Incoming,
@@ -184,9 +184,11 @@ impl Database {
         if own_since <= here.txid && !received {
             return Ok(None);
         }
-        self.records(first.max(1), here.txid, |h| {
-            h.min_txid >= own_since || h.max_txid > reaches
-        })
+        if own_since > here.txid && here.txid <= reaches {
+            return Ok(Some(Vec::new()));
+        }
+        // What came before them is as doubtful: who made it may have gone on with it, as this node did.
+        self.records(first.max(1), here.txid, |_| true)
     }
 
     /// The records from one TXID to another that are wanted; `None` if one is missing.

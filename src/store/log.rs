@@ -605,8 +605,9 @@ impl Log {
                     .and_then(|m| m.modified())
                     .map_err(StoreError::io("stat log segment", &s.path))?;
                 let old = age.elapsed().is_ok_and(|a| a > older_than);
-                if inner.segments.len() < 2 || !old || s.last_txid().is_some_and(|t| t > keep_after)
-                {
+                // One that follows may hold nothing but a record that may still be withdrawn.
+                let is_newest = inner.segments.get(1).is_none_or(Segment::is_empty);
+                if is_newest || !old || s.last_txid().is_some_and(|t| t > keep_after) {
                     break;
                 }
                 (s.path.clone(), s.len() as u64)
