@@ -10,9 +10,11 @@ use super::database::{Database, State, now_ms};
 use super::error::StoreError;
 use super::gate::Pass;
 
-/// Transactions of this many pages and more are logged as they are: to compress them takes longer than
-/// to write them (see bench/RESULTS.md), and their writer waits for it.
+/// Transactions of this many pages and more are compressed only where that pays: else it takes longer
+/// than to write them (see bench/RESULTS.md), and their writer waits for it.
 const LARGE: usize = 256;
+/// It pays if so many of their pages, taken from all over, come to a quarter.
+const SAMPLES: usize = 8;
 
 /// A transaction that is in the log and not yet in the state.
 #[derive(Clone, Debug)]
@@ -109,8 +111,10 @@ impl Database {
             // Pages of another size: the record holds them all.
             changed.iter().fold(0, |t, (_, s)| t ^ s) | ltx::CHECKSUM_FLAG
         };
+        let mut page = vec![0u8; shape.page_size as usize];
         let header = Header {
-            compressed: self.context.options.compress && changed.len() < LARGE,
+            compressed: self.context.options.compress
+                && (changed.len() < LARGE || is_compressible(&changed, &mut page, &mut read)?),
             page_size: shape.page_size,
             commit: shape.commit,
             min_txid: txid,
@@ -125,7 +129,6 @@ impl Database {
         };
         let failed = |e| StoreError::ltx(format!("transaction {txid:016x} of {}", self.name))(e);
         let mut encoder = Encoder::new(out, header).map_err(failed)?;
-        let mut page = vec![0u8; shape.page_size as usize];
         for (pgno, _) in &changed {
             read(*pgno, &mut page)?;
             encoder.page(*pgno, &page).map_err(failed)?;
@@ -173,6 +176,24 @@ impl Database {
         }
         self.maybe_checkpoint(st);
     }
+}
+
+/// Whether samples of the pages come to a quarter of their size. `page` is as large as one.
+fn is_compressible(
+    changed: &[(u32, u64)],
+    page: &mut [u8],
+    read: &mut impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
+) -> Result<bool, StoreError> {
+    let mut compressed = 0;
+    for (pgno, _) in changed
+        .iter()
+        .step_by(changed.len() / SAMPLES)
+        .take(SAMPLES)
+    {
+        read(*pgno, page)?;
+        compressed += lz4_flex::block::compress(page).len();
+    }
+    Ok(compressed * 4 <= page.len() * SAMPLES)
 }
 
 /// What a database is after a transaction.

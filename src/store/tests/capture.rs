@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use rusqlite::{Connection, ErrorCode};
 
-use super::bed::{Bed, checksum, integrity, set_mode};
+use super::bed::{Bed, checksum, integrity, options, set_mode};
 use super::log::{redirect, segment_files};
-use super::vfs::wait;
-use crate::store::{FileKind, Role};
+use super::vfs::{Vfs, wait};
+use crate::store::{FileKind, Options, Role, Store};
 
 const DB: &str = "a.db";
 const MODES: [&str; 4] = ["delete", "truncate", "persist", "wal"];
@@ -601,5 +601,42 @@ fn a_commit_that_cannot_be_flushed_is_never_told_of() {
         }
         assert!(db.snapshot().is_err(), "{mode}");
         assert_eq!(bed.killed().check(DB).0, before, "{mode}");
+    }
+}
+
+#[test]
+fn a_large_transaction_is_compressed_where_that_pays() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::open(Options {
+        compress: true,
+        ..options(dir.path())
+    });
+    let store = store.unwrap();
+    let bed = Bed {
+        vfs: Vfs::register(&store),
+        store,
+        dir,
+    };
+    bed.store.set_role(Role::Primary);
+    for mode in ["delete", "wal"] {
+        let c = bed.connect(DB);
+        assert_eq!(set_mode(&c, mode), mode);
+        c.execute_batch("DROP TABLE IF EXISTS t; CREATE TABLE t(v)")
+            .unwrap();
+        for (value, compressed) in [
+            ("randomblob(100000)", true),
+            ("randomblob(3000000)", false),
+            ("zeroblob(3000000)", true),
+        ] {
+            c.execute_batch(&format!("INSERT INTO t VALUES ({value})"))
+                .unwrap();
+            let db = bed.db(DB);
+            db.settle();
+            let record = db.log().read(db.pos().txid).unwrap().unwrap();
+            let header = record.ltx_header().unwrap();
+            assert_eq!(header.compressed, compressed, "{mode}: {value}");
+        }
+        drop(c);
+        bed.check_killed(DB);
     }
 }
