@@ -370,6 +370,33 @@ fn open_connections_on_a_replica_see_each_commit() {
     }
 }
 
+/// A read that goes beyond what the kernel knows of the WAL's size, while the next transaction arrives.
+#[test]
+fn a_reader_on_a_wal_replica_never_reads_past_the_end() {
+    let pair = Cluster::static_pair(120);
+    for round in 0..30 {
+        let db = format!("{round}.db");
+        create(&pair.primary, &db, "wal");
+        wait_same_pos(&pair.primary, &pair.replica, &db);
+        let (writer, reader) = (open(&pair.primary, &db), open(&pair.replica, &db));
+        std::thread::scope(|scope| {
+            let reading = scope.spawn(move || {
+                let deadline = Instant::now() + SOON;
+                while count(&reader) < 100 {
+                    assert!(Instant::now() < deadline, "the rows do not arrive");
+                }
+            });
+            for n in 1..=100 {
+                writer
+                    .execute("INSERT INTO t (n, b) VALUES (?1, zeroblob(100))", [n])
+                    .expect("insert");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            reading.join().expect("it reads what is committed");
+        });
+    }
+}
+
 #[test]
 fn a_database_is_dropped_and_made_again() {
     let pair = Cluster::static_pair(90);

@@ -243,6 +243,12 @@ impl Front for Kernel {
         }
     }
 
+    fn store(&self, ino: u64, offset: u64, bytes: &[u8]) {
+        if let Err(e) = self.notifier.store(INodeNo(ino), offset, bytes) {
+            log_unless_unknown(&e, "inode");
+        }
+    }
+
     fn invalidate_entry(&self, name: &str) {
         let name = std::ffi::OsStr::from_bytes(name.as_bytes());
         if let Err(e) = self.notifier.inval_entry(INodeNo::ROOT, name) {

@@ -27,6 +27,9 @@ pub trait Front: Send + Sync {
     /// attributes.
     fn invalidate_data(&self, ino: u64, offset: u64, len: u64);
 
+    /// Has the kernel know that the file has these bytes there, and so reaches at least that far.
+    fn store(&self, ino: u64, offset: u64, bytes: &[u8]);
+
     /// Forgets what the kernel knows of the name, its absence included.
     fn invalidate_entry(&self, name: &str);
 

@@ -451,14 +451,40 @@ impl Database {
             return;
         };
         if pages.is_empty() || pages.len() > SINGLE_INVALIDATIONS {
-            return front.invalidate_data(ino, 0, 0);
+            front.invalidate_data(ino, 0, 0);
+        } else {
+            for pgno in pages {
+                front.invalidate_data(
+                    ino,
+                    u64::from(*pgno - 1) * u64::from(page_size),
+                    u64::from(page_size),
+                );
+            }
         }
-        for pgno in pages {
-            front.invalidate_data(
-                ino,
-                u64::from(*pgno - 1) * u64::from(page_size),
-                u64::from(page_size),
-            );
+        self.show_size(FileKind::Database);
+    }
+
+    /// Has the kernel know how far a file reaches now. That it has forgotten the attributes is not
+    /// enough: it asks for them when a read goes beyond the size that it knows, and if another
+    /// invalidation crosses the answer it drops that and lets the read end short. Of a WAL that is an
+    /// error to SQLite, of a database a page of zeros.
+    pub(super) fn show_size(&self, kind: FileKind) {
+        let Some(front) = self.context.front() else {
+            return;
+        };
+        let (file, size) = {
+            let mut st = self.lock();
+            let size = match kind {
+                FileKind::Wal => st.wal.committed_end(),
+                _ => st.view_size,
+            };
+            (st.files.slot(kind).clone(), size)
+        };
+        let mut last = [0u8];
+        if let (Some(f), Some(at)) = (file, size.checked_sub(1))
+            && f.file.read_exact_at(&mut last, at).is_ok()
+        {
+            front.store(f.ino, at, &last);
         }
     }
 

@@ -99,6 +99,7 @@ impl Database {
             let len = st.wal.committed_end() - from;
             drop(st);
             front.invalidate_data(wal_ino, from, len);
+            self.show_size(FileKind::Wal);
         }
         let shown = self.publish_in_index(shared, start);
         drop(write_lock);
