@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use common::helper::{WRITER_TABLES, Writer, assert_whole_transactions};
 use common::run::{Finished, run};
-use common::{Cluster, Pair, SOON, sqlite3, wait_same_pos, wait_until};
+use common::{Cluster, Options, Pair, SOON, sqlite3, wait_same_pos, wait_until};
 use rusqlite::Connection;
 
 helper_test!();
@@ -402,4 +402,27 @@ fn files_of_a_database_are_removed_under_a_writer() {
         sqlite3(&path, "INSERT INTO counter VALUES (9);");
         pair.assert_same("x.db");
     }
+}
+
+#[test]
+fn a_sync_in_the_middle_of_a_transaction_commits_nothing() {
+    let cluster = Cluster::new(60);
+    let mut node = cluster.start(Options::primary("primary"));
+    let path = node.db("x.db");
+    sqlite3(
+        &path,
+        "CREATE TABLE t (a); INSERT INTO t VALUES (randomblob(9000));",
+    );
+    let db = Connection::open(&path).expect("open");
+    db.execute_batch("BEGIN; UPDATE t SET a = 1; INSERT INTO t VALUES (2);")
+        .expect("write");
+    db.cache_flush().expect("write to the file");
+    let synced = shell(&node.mount(), cluster.dir(), "sync x.db");
+    assert!(synced.success(), "{synced:?}");
+    node.kill9();
+    // What it says of a transaction whose node has gone is an error.
+    assert!(db.execute_batch("COMMIT").is_err());
+    drop(db);
+    node.start();
+    assert_eq!(sqlite3(&path, "SELECT length(a) FROM t;"), "9000\n");
 }

@@ -338,7 +338,7 @@ impl Filesystem for TenureFs {
                 if matches!(f.file.kind, FileKind::Database | FileKind::Wal) {
                     self.crew.note_flush();
                 }
-                f.db.sync(&f.file, Box::new(answer(reply)));
+                f.db.sync_by(&f.file, req.pid(), Box::new(answer(reply)));
             }
             Some(_) => reply.ok(),
             None => reply.error(Errno::ESTALE),

@@ -41,6 +41,11 @@ impl Clients {
 }
 
 impl Database {
+    /// Whether this thread is known to be of a process that has held locks.
+    pub(super) fn is_client(&self, thread: u32) -> bool {
+        self.context.clients.knows(thread)
+    }
+
     /// Whether this thread may change a file; 0: it is not known which thread it is.
     ///
     /// # Errors

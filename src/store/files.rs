@@ -415,6 +415,16 @@ impl Database {
             .map_err(StoreError::io("truncate", self.path(FileKind::Wal)))
     }
 
+    /// As [`Database::sync`], by this thread. That of SQLite says that the transaction under way is
+    /// complete. Anybody else's says nothing of it, nor does that of a file that is gone.
+    pub fn sync_by(self: &Arc<Self>, f: &DbFile, thread: u32, done: Done) {
+        let by_requests = f.kind == FileKind::Database && !self.is_through(f);
+        if by_requests && (f.is_deleted() || !self.is_client(thread)) {
+            return done(Ok(()));
+        }
+        self.sync(f, done);
+    }
+
     /// An fsync: answered once what it promises is true. The log stands for the files.
     pub fn sync(self: &Arc<Self>, f: &DbFile, done: Done) {
         if self.is_through(f) {

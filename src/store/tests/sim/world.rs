@@ -473,6 +473,9 @@ impl World {
         }
         let Some(parent) = self.newest(i) else { return };
         self.tell(format!("drop {name}"));
+        // It takes its half with it, though the other may be finished only by the next start.
+        self.pairs
+            .retain(|pair| pair.iter().all(|(db, _)| *db != i));
         let model = &mut self.models[i];
         let gone = model.add(parent, None);
         model.states[gone].possible = true;
