@@ -107,9 +107,7 @@ impl Database {
         let common = common(&self.name, &history);
         let records = match common {
             Common::At(pos) if pos == here => return Ok(()),
-            Common::At(pos) if history.contains(&pos) => {
-                self.records(pos.txid + 1, here.txid, |_| true)?
-            }
+            Common::At(pos) if history.contains(&pos) => self.records(pos.txid + 1, here.txid)?,
             Common::At(_) | Common::Nothing => None,
             Common::Unknown => self.unshared(incoming, here)?,
         };
@@ -188,25 +186,18 @@ impl Database {
             return Ok(Some(Vec::new()));
         }
         // What came before them is as doubtful: who made it may have gone on with it, as this node did.
-        self.records(first.max(1), here.txid, |_| true)
+        self.records(first.max(1), here.txid)
     }
 
-    /// The records from one TXID to another that are wanted; `None` if one is missing.
-    fn records(
-        &self,
-        from: u64,
-        to: u64,
-        wanted: impl Fn(&ltx::Header) -> bool,
-    ) -> Result<Option<Vec<LogRecord>>, StoreError> {
+    /// The records from one TXID to another; `None` if one is missing.
+    fn records(&self, from: u64, to: u64) -> Result<Option<Vec<LogRecord>>, StoreError> {
         let (mut records, mut next) = (Vec::new(), from);
         while next <= to {
             let Some(record) = self.log().read(next)? else {
                 return Ok(None);
             };
             next = record.header.max_txid.saturating_add(1);
-            if wanted(&record.ltx_header()?) {
-                records.push(record);
-            }
+            records.push(record);
         }
         Ok(Some(records))
     }

@@ -32,7 +32,7 @@ const RESERVE_STEP: u64 = 16 << 20;
 const MAX_HOLES: u64 = 1 << 30;
 
 /// Pages with their checksums, ascending.
-pub(super) type PageList = Vec<(u32, u64)>;
+type PageList = Vec<(u32, u64)>;
 
 /// How a journal ends.
 #[derive(Debug)]
