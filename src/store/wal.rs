@@ -203,6 +203,9 @@ impl Database {
             // A new generation may begin only when nothing of this one is needed any more.
             self.backfill_all(st)?;
         } else if offset < st.wal.committed_end() {
+            if self.is_rest_of_commit(st, &wal, offset, data)? {
+                return Ok(Scanned::Nothing);
+            }
             self.context.keep(Job::CheckIndex(self.clone()));
             return Err(self.refuse("a write into the committed part of the WAL, by a connection that does not know of the last transaction: it will see it when it tries again"));
         } else if st.wal.header.is_none() {
@@ -223,6 +226,29 @@ impl Database {
         }
         st.wal.written_to = st.wal.written_to.max(end);
         self.scan_wal(st, &wal, offset)
+    }
+
+    /// Whether a write brings the rest of the frame that completed the last transaction: bytes that
+    /// stand there already. A transaction that was rolled back, or a savepoint, may have left the
+    /// page in this very place, and the frame's header then completes the commit before SQLite has
+    /// written the page. A connection that does not know of the transaction begins with the header.
+    fn is_rest_of_commit(
+        &self,
+        st: &State,
+        wal: &DbFile,
+        offset: u64,
+        data: &[u8],
+    ) -> Result<bool, StoreError> {
+        let end = st.wal.committed_end();
+        let last = st.wal.offset(st.wal.committed.saturating_sub(1));
+        if offset <= last || offset + data.len() as u64 > end {
+            return Ok(false);
+        }
+        let mut known = vec![0; data.len()];
+        wal.file
+            .read_exact_at(&mut known, offset)
+            .map_err(self.io("read WAL", FileKind::Wal))?;
+        Ok(known == data)
     }
 
     fn read_wal_header(&self, st: &mut State, wal: &DbFile) -> Result<(), StoreError> {

@@ -368,6 +368,39 @@ fn wal_writes_that_no_connection_makes_are_refused() {
 }
 
 #[test]
+fn a_commit_of_what_a_rollback_left_in_the_wal_is_one() {
+    let bed = Bed::primary();
+    let c = open(&bed, "wal", 4096);
+    c.execute_batch("CREATE TABLE u(v); CREATE TABLE t(v); INSERT INTO u VALUES (1)")
+        .unwrap();
+    let txid = txid(&bed);
+    // The frames stay in the file, without a commit: the table u's page where the next transaction
+    // has page 1, which is not spilled, and then what it has too. Its last frame is complete as soon
+    // as its header is written.
+    c.execute_batch("BEGIN; UPDATE u SET v = 2; INSERT INTO t VALUES (zeroblob(20000))")
+        .unwrap();
+    c.cache_flush().unwrap();
+    c.execute_batch("ROLLBACK; INSERT INTO t VALUES (zeroblob(20000))")
+        .unwrap();
+    integrity(&c);
+    assert_eq!(bed.check_killed(DB).0.txid, txid + 1);
+    // Another connection that wrote the same without knowing of it begins with the header.
+    let db = bed.db(DB);
+    let wal = db.file(FileKind::Wal).unwrap();
+    let bytes = std::fs::read(bed.file(DB, FileKind::Wal)).unwrap();
+    let last = bytes.len() - 4096 - 24;
+    let write = |at: usize, to: usize| wait(|done| db.write(&wal, at as u64, &bytes[at..to], done));
+    write(last + 24, bytes.len()).unwrap();
+    for (at, to) in [(last, last + 24), (last, bytes.len()), (last - 4096, last)] {
+        let said = write(at, to).unwrap_err().to_string();
+        assert!(said.contains("does not know of the last"), "{said}");
+    }
+    let mut page = bytes[last + 24..].to_vec();
+    page[7] ^= 1;
+    assert!(wait(|done| db.write(&wal, (last + 24) as u64, &page, done)).is_err());
+}
+
+#[test]
 fn the_exclusive_locking_mode_is_refused_in_wal_mode() {
     let bed = Bed::primary();
     let c = bed.connect(DB);
