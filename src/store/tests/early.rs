@@ -97,6 +97,19 @@ fn it_goes_with_the_role() {
 }
 
 #[test]
+fn it_goes_when_the_node_stops() {
+    for mode in MODES {
+        let (bed, before, c) = synced(mode);
+        bed.store.close();
+        assert_eq!(found_by_another(&bed), before.0.txid, "{mode}");
+        assert!(c.execute_batch("COMMIT").is_err(), "{mode}");
+        drop(c);
+        let bed = bed.restarted();
+        assert_eq!(bed.check_killed(DB), before, "{mode}");
+    }
+}
+
+#[test]
 fn a_pause_refuses_it_at_its_commit_point() {
     for mode in MODES {
         let (bed, before, c) = synced(mode);
