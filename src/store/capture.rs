@@ -60,23 +60,9 @@ impl Database {
         Err(e)
     }
 
-    /// Writes the record of a transaction of these pages to the log. `read` gives the bytes of a
-    /// page. The state is not changed.
+    /// Writes the record of a transaction of these pages to the log, where it is still to be
+    /// committed. `read` gives the bytes of a page. The state is not changed.
     pub(super) fn append_transaction(
-        &self,
-        st: &State,
-        changed: Vec<(u32, u64)>,
-        shape: Shape,
-        place: WalPlace,
-        read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
-    ) -> Result<Captured, StoreError> {
-        let (captured, appender) = self.write_transaction(st, changed, shape, place, read)?;
-        appender.commit()?;
-        Ok(captured)
-    }
-
-    /// The same, with the record still to be committed.
-    pub(super) fn write_transaction(
         &self,
         st: &State,
         changed: Vec<(u32, u64)>,

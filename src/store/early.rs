@@ -80,7 +80,7 @@ impl Database {
         let pass = self.begin_commit()?;
         let read = |pgno: u32, page: &mut [u8]| self.read_view_page(st, pgno, page);
         let (captured, appender) =
-            self.write_transaction(st, changed, shape, WalPlace::default(), read)?;
+            self.append_transaction(st, changed, shape, WalPlace::default(), read)?;
         appender.hold()?;
         Ok(Some((captured, pass)))
     }

@@ -534,7 +534,10 @@ impl Database {
         let all = 1..=st.page_count;
         let logged = st.preserve(self, all).and_then(|()| {
             let place = WalPlace::default();
-            self.append_transaction(&st, Vec::new(), shape, place, |_, _| Ok(()))
+            let (captured, appender) =
+                self.append_transaction(&st, Vec::new(), shape, place, |_, _| Ok(()))?;
+            appender.commit()?;
+            Ok(captured)
         });
         let captured = match logged {
             Ok(c) => c,

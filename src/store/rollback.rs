@@ -219,7 +219,9 @@ impl Database {
         };
         let pass = self.begin_commit()?;
         let read = |pgno: u32, page: &mut [u8]| self.read_view_page(st, pgno, page);
-        let captured = self.append_transaction(st, changed, shape, WalPlace::default(), read)?;
+        let (captured, appender) =
+            self.append_transaction(st, changed, shape, WalPlace::default(), read)?;
+        appender.commit()?;
         self.note_captured(&captured);
         Ok(Some((captured, pass)))
     }

@@ -436,7 +436,8 @@ impl Database {
                 ltx: Arc::new(ltx),
             }));
         }
-        let captured = self.append_transaction(st, changed, shape, place, read)?;
+        let (captured, appender) = self.append_transaction(st, changed, shape, place, read)?;
+        appender.commit()?;
         self.hold.decided_there.store(false, Ordering::Release);
         self.commit_wal(st, &captured, &pages, end);
         Ok(None)
