@@ -1,5 +1,4 @@
-//! The disk of a simulated node: the real one, on which flushes of logs take their time, and which
-//! is gone when the node is killed.
+//! The disk of a node in one of its lives: the simulated one, on which flushes of logs take their time.
 
 use std::ffi::OsString;
 use std::fs::Metadata;
@@ -7,10 +6,10 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::clock;
-use crate::store::disk::{Disk, DiskFile, File, Open, Real};
+use crate::store::disk::sim::Sim;
+use crate::store::disk::{Disk, DiskFile, File, Open};
 
 use super::process::{self, Process};
 use super::world::World;
@@ -22,28 +21,16 @@ pub(crate) struct NodeDisk(Arc<Shared>);
 struct Shared {
     world: Arc<World>,
     process: Arc<Process>,
-    gone: AtomicBool,
+    disk: Arc<Sim>,
 }
 
 impl NodeDisk {
-    pub fn new(world: &Arc<World>, process: &Arc<Process>) -> NodeDisk {
+    pub fn new(world: &Arc<World>, process: &Arc<Process>, disk: &Arc<Sim>) -> NodeDisk {
         NodeDisk(Arc::new(Shared {
             world: world.clone(),
             process: process.clone(),
-            gone: AtomicBool::new(false),
+            disk: disk.clone(),
         }))
-    }
-
-    /// Nothing is written to it any more.
-    pub fn kill(&self) {
-        self.0.gone.store(true, Ordering::SeqCst);
-    }
-
-    fn check(&self) -> io::Result<()> {
-        match self.0.gone.load(Ordering::SeqCst) {
-            true => Err(io::Error::other("the node was killed")),
-            false => Ok(()),
-        }
     }
 
     fn wrap(&self, path: &Path, file: File) -> File {
@@ -64,44 +51,35 @@ impl std::fmt::Debug for NodeDisk {
 
 impl Disk for NodeDisk {
     fn open(&self, path: &Path, how: Open) -> io::Result<File> {
-        if how != Open::Read {
-            self.check()?;
-        }
-        Ok(self.wrap(path, Real.open(path, how)?))
+        Ok(self.wrap(path, self.0.disk.open(path, how)?))
     }
 
     fn temporary(&self, dir: &Path) -> io::Result<File> {
-        Ok(self.wrap(dir, Real.temporary(dir)?))
+        Ok(self.wrap(dir, self.0.disk.temporary(dir)?))
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        self.check()?;
-        Real.rename(from, to)
+        self.0.disk.rename(from, to)
     }
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
-        self.check()?;
-        Real.remove_file(path)
+        self.0.disk.remove_file(path)
     }
 
     fn create_dir(&self, path: &Path) -> io::Result<()> {
-        self.check()?;
-        Real.create_dir(path)
+        self.0.disk.create_dir(path)
     }
 
     fn remove_dir(&self, path: &Path) -> io::Result<()> {
-        self.check()?;
-        Real.remove_dir(path)
+        self.0.disk.remove_dir(path)
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<OsString>> {
-        let mut names = Real.list(path)?;
-        names.sort();
-        Ok(names)
+        self.0.disk.list(path)
     }
 
     fn metadata(&self, path: &Path) -> io::Result<Metadata> {
-        Disk::metadata(&Real, path)
+        Disk::metadata(&*self.0.disk, path)
     }
 }
 
@@ -123,33 +101,35 @@ impl DiskFile for NodeFile {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
-        self.disk.check()?;
         self.file.write_at(buf, offset)
     }
 
     fn set_len(&self, size: u64) -> io::Result<()> {
-        self.disk.check()?;
         self.file.set_len(size)
     }
 
     fn allocate(&self, size: u64) -> io::Result<()> {
-        self.disk.check()?;
         self.file.allocate(size)
     }
 
     fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.disk.check()?;
         self.file.reserve(offset, len)
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        let Shared { world, process, .. } = &*self.disk.0;
+        // What is written while it waits is not meant.
+        self.file.sync_data()?;
+        let Shared {
+            world,
+            process,
+            disk,
+        } = &*self.disk.0;
         // Whoever applies what comes holds locks that others do not wait for in a simulation.
         if self.log && process::in_client() {
             let takes = match world.range(0..40) {
                 0 => world.ms(100..15_000),
                 1..10 => world.ms(1..20),
-                _ => return self.disk.check(),
+                _ => return Ok(()),
             };
             let began = clock::now();
             while clock::now() < began + takes && !process.is_dead() {
@@ -159,14 +139,19 @@ impl DiskFile for NodeFile {
             }
             process::wait(process.running());
         }
-        self.disk.check()
+        match disk.is_dead() {
+            true => Err(io::Error::other("the node was killed")),
+            false => Ok(()),
+        }
     }
 
     fn sync_all(&self) -> io::Result<()> {
-        self.disk.check()
+        self.file.sync_all()
     }
 
-    fn begin_sync(&self, _offset: u64, _len: usize) {}
+    fn begin_sync(&self, offset: u64, len: usize) {
+        self.file.begin_sync(offset, len);
+    }
 
     fn forget_cached(&self, offset: u64, len: usize) {
         self.file.forget_cached(offset, len);

@@ -31,7 +31,7 @@ async fn one(cluster: &Arc<Cluster>) {
     let nodes = cluster.nodes.len();
     let any = || world.range(0..nodes as u64) as usize;
     let (a, b) = (any(), any());
-    match world.range(0..24) {
+    match world.range(0..26) {
         0..3 if a != b => {
             let both = world.one_in(2);
             let time = world.ms(100..25_000);
@@ -115,6 +115,16 @@ async fn one(cluster: &Arc<Cluster>) {
             }
         }
         23 => {
+            cluster.lose_power(a).await;
+            start_again(cluster, a);
+        }
+        24 if world.one_in(2) => {
+            for node in 0..nodes {
+                cluster.lose_power(node).await;
+                start_again(cluster, node);
+            }
+        }
+        25 => {
             cluster.wipe(a).await;
             start_again(cluster, a);
         }

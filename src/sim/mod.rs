@@ -27,6 +27,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::ltx::Pos;
 use crate::store::Role;
+use crate::store::disk::sim::Sim;
 use crate::store::tests::bed;
 
 use self::check::{Checker, Tally};
@@ -79,16 +80,7 @@ fn run(seed: u64, flaw: Flaw, show: impl FnOnce(&Arc<World>)) -> Report {
     report
 }
 
-fn scratch() -> tempfile::TempDir {
-    // Memory, where there is some for files.
-    match tempfile::tempdir_in("/dev/shm") {
-        Ok(dir) => dir,
-        Err(_) => tempfile::tempdir().expect("room for files"),
-    }
-}
-
 async fn simulate(world: &Arc<World>, flaw: Flaw) -> (Arc<Cluster>, u64) {
-    let dir = scratch();
     let count = world.range(3..6) as usize;
     let nodes = (0..count).map(|id| {
         // The first two are candidates always.
@@ -98,9 +90,9 @@ async fn simulate(world: &Arc<World>, flaw: Flaw) -> (Arc<Cluster>, u64) {
             0 => world.range(905..1_000),
             _ => world.range(1_000..1_400),
         };
-        let dir = dir.path().join(format!("n{id}"));
+        let disk = Sim::new(world.range(0..u64::MAX));
         let prunes = world.one_in(2);
-        Node::new(id, dir, candidate, rate, prunes)
+        Node::new(id, disk, candidate, rate, prunes)
     });
     let cluster = Arc::new(Cluster {
         world: world.clone(),

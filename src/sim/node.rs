@@ -1,7 +1,6 @@
 //! A node of a simulation: its directory, and its lives one after another.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -15,6 +14,7 @@ use crate::access::Keys;
 use crate::http::api::Api;
 use crate::peer::Peers;
 use crate::role::{self, Parts, Promoter, RoleConfig, Status};
+use crate::store::disk::sim::{Keep, Sim};
 use crate::store::tests::vfs::Vfs;
 use crate::store::{Background, Event, HALT_TTL, Options, Random, Store};
 use crate::task;
@@ -50,7 +50,10 @@ pub(crate) struct Node {
     pub rate: u64,
     /// Its log keeps little.
     pub prunes: bool,
-    dir: PathBuf,
+    /// Another one once it has lost its data.
+    disk: Mutex<Arc<Sim>>,
+    /// The power went with its last life.
+    power_lost: AtomicBool,
     life: Mutex<Option<Arc<Life>>>,
     /// It is about to end: what is left of its last life is not gone yet.
     leaving: AtomicBool,
@@ -66,7 +69,7 @@ pub(crate) struct Life {
     /// Operations of applications that go on.
     pub busy: AtomicUsize,
     vfs: Vfs,
-    disk: NodeDisk,
+    disk: Arc<Sim>,
     shutdown: watch::Sender<bool>,
     events: Mutex<broadcast::Receiver<Event>>,
 }
@@ -86,13 +89,14 @@ impl Life {
 }
 
 impl Node {
-    pub fn new(id: usize, dir: PathBuf, candidate: bool, rate: u64, prunes: bool) -> Node {
+    pub fn new(id: usize, disk: Arc<Sim>, candidate: bool, rate: u64, prunes: bool) -> Node {
         Node {
             id,
             candidate,
             rate,
             prunes,
-            dir,
+            disk: Mutex::new(disk),
+            power_lost: AtomicBool::new(false),
             life: Mutex::new(None),
             leaving: AtomicBool::new(false),
         }
@@ -112,15 +116,19 @@ impl Cluster {
             return;
         }
         self.world.note(format!("n{id} starts"));
+        let disk = node.disk.lock().clone();
+        match node.power_lost.swap(false, Ordering::Relaxed) {
+            true => disk.restart_power(Keep::Some),
+            false => disk.restart_process(),
+        }
         let process = Arc::new(Process::default());
-        let life = process.enter(|| self.begin(node, &process));
+        let life = process.enter(|| self.begin(node, &process, &disk));
         *node.life.lock() = Some(Arc::new(life));
     }
 
-    fn begin(&self, node: &Node, process: &Arc<Process>) -> Life {
+    fn begin(&self, node: &Node, process: &Arc<Process>, disk: &Arc<Sim>) -> Life {
         let (world, id) = (&self.world, node.id);
-        let disk = NodeDisk::new(world, process);
-        let mut options = Options::new(&node.dir);
+        let mut options = Options::new(disk.root());
         if node.prunes {
             options.retention = Duration::ZERO;
         }
@@ -128,7 +136,7 @@ impl Cluster {
             compress: false,
             background: Background::Manual,
             random: Random::seeded(world.range(0..u64::MAX)),
-            disk: Arc::new(disk.clone()),
+            disk: Arc::new(NodeDisk::new(world, process, disk)),
             ..options
         })
         .expect("the node's directory");
@@ -150,7 +158,7 @@ impl Cluster {
             status: told.clone(),
             candidate: node.candidate,
             fenced: true,
-            path: node.dir.clone(),
+            path: disk.root().to_owned(),
             snapshot_timeout: Duration::from_secs(60),
             halt_ttl: HALT_TTL,
             fuse_requests: Box::new(|| 0),
@@ -206,7 +214,7 @@ impl Cluster {
             status: told,
             connections: Mutex::default(),
             busy: AtomicUsize::new(0),
-            disk,
+            disk: disk.clone(),
             shutdown,
             events: Mutex::new(events),
         }
@@ -221,6 +229,15 @@ impl Cluster {
         self.take_leave(id, life).await;
     }
 
+    /// The same, and what is not on its disk by then is lost, or some of it.
+    pub async fn lose_power(&self, id: usize) {
+        if self.nodes[id].life().is_some() {
+            self.world.note(format!("n{id} loses its power"));
+            self.nodes[id].power_lost.store(true, Ordering::Relaxed);
+            self.kill(id).await;
+        }
+    }
+
     /// Kills a node and takes its data away, if all that it ever had came from others.
     pub async fn wipe(&self, id: usize) {
         let node = &self.nodes[id];
@@ -231,7 +248,7 @@ impl Cluster {
         if node.life().is_none() && self.checker.is_dispensable(id) {
             self.world.note(format!("n{id} loses its data"));
             self.checker.forget(id);
-            std::fs::remove_dir_all(&node.dir).expect("the node's directory");
+            *node.disk.lock() = Sim::new(self.world.range(0..u64::MAX));
         }
     }
 
@@ -259,7 +276,7 @@ impl Cluster {
     async fn take_leave(&self, id: usize, life: Arc<Life>) {
         self.nodes[id].leaving.store(true, Ordering::Relaxed);
         self.net.close(id);
-        life.disk.kill();
+        life.disk.die();
         life.process.kill();
         while life.busy.load(Ordering::Relaxed) > 0 || Arc::strong_count(&life) > 1 {
             sleep(Duration::from_millis(1)).await;

@@ -69,12 +69,7 @@ pub(super) fn carry_over(db: &Arc<Database>) -> Result<(), StoreError> {
     db.log().flush_wait()?;
     db.remove_leftovers()?;
     db.checkpoint()?;
-    for (min, max) in files {
-        let path = dir.join(ltx::file_name(min, max));
-        db.disk()
-            .remove_file(&path)
-            .map_err(StoreError::io("remove", &path))?;
-    }
+    forget_newest(db)?;
     tracing::info!(db = db.name, pos = %db.lock().pos, "carried over from a LiteFS data directory");
     Ok(())
 }
@@ -327,17 +322,24 @@ pub(super) fn read_sums(
     Ok(sums)
 }
 
-/// Takes away what the last clean stop left for LiteFS: from now on the log moves on without it,
-/// and after a snapshot of a lower TXID it would look like news.
+/// Takes away what the last clean stop, or LiteFS, left: from now on the log moves on without it,
+/// and after a snapshot of a lower TXID it would look like news, even if a loss of power brought it
+/// back.
 pub(super) fn forget_newest(db: &Database) -> Result<(), StoreError> {
     let dir = db.dir.join("ltx");
-    for (min, max) in list(db.disk(), &dir)? {
+    let files = list(db.disk(), &dir)?;
+    if files.is_empty() {
+        return Ok(());
+    }
+    for (min, max) in files {
         let path = dir.join(ltx::file_name(min, max));
         db.disk()
             .remove_file(&path)
             .map_err(StoreError::io("remove", &path))?;
     }
-    Ok(())
+    db.disk()
+        .sync_dir(&dir)
+        .map_err(StoreError::io("sync", &dir))
 }
 
 /// Leaves the newest record as an LTX file, synced, and no other.

@@ -169,31 +169,38 @@ fn every_step_of_a_transaction_over_two_databases() {
     exhaust("ATTACH", 2, &[Open, WriteBoth, WriteBoth]);
 }
 
-/// The removal of its intent is not on disk yet when a snapshot takes the TXIDs back to before it.
+/// A snapshot takes the TXIDs back, and the power goes: the removal of the intent of a transaction over
+/// two databases was not on disk yet, and that of what a clean stop leaves for LiteFS is.
 #[test]
-fn a_transaction_over_two_databases_that_is_done_does_not_come_back() {
-    let source = primary("DELETE", 0);
-    let mut world = World::new(7, &["a.db", "b.db"]);
-    play(
-        &mut world,
-        &[Open, Write, WriteBoth, Write, WriteBoth, Close],
-    );
-    let last = world.store().database("a.db").unwrap().pos();
-    // The histories of the models end here.
-    world.models.clear();
-    world.pairs.clear();
-    let store = world.store().clone();
-    store.set_role(Role::Replica { hostname: None });
-    assert!(follow(&store, &source, false));
-    drop(store);
-    world.crash(Crash::Power(Keep::Nothing), &mut |_| None);
-    for name in ["a.db", "b.db"] {
-        let db = world.store().database(name).unwrap();
-        assert_eq!(db.broken(), None, "{name}");
+fn what_a_snapshot_took_the_place_of_does_not_come_back() {
+    for restarted in [false, true] {
+        let source = primary("DELETE", 0);
+        let mut world = World::new(7, &["a.db", "b.db"]);
+        play(
+            &mut world,
+            &[Open, Write, WriteBoth, Write, WriteBoth, Close],
+        );
+        if restarted {
+            // What the stop leaves for LiteFS is gone for good.
+            world.restart();
+        }
+        let last = world.store().database("a.db").unwrap().pos();
+        // The histories of the models end here.
+        world.models.clear();
+        world.pairs.clear();
+        let store = world.store().clone();
+        store.set_role(Role::Replica { hostname: None });
+        assert!(follow(&store, &source, false));
+        drop(store);
+        world.crash(Crash::Power(Keep::Nothing), &mut |_| None);
+        for name in ["a.db", "b.db"] {
+            let db = world.store().database(name).unwrap();
+            assert_eq!(db.broken(), None, "{name}, restarted: {restarted}");
+        }
+        let pos = world.store().database("a.db").unwrap().pos();
+        assert_eq!(pos, source.image.0);
+        assert!(pos.txid < last.txid);
     }
-    let pos = world.store().database("a.db").unwrap().pos();
-    assert_eq!(pos, source.image.0);
-    assert!(pos.txid < last.txid);
 }
 
 /// A start after a crash at any step finishes all of a transaction, or nothing, whatever it could not
