@@ -14,6 +14,7 @@
 use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -47,6 +48,8 @@ pub use observe::{Observers, PrimaryName};
 
 /// Name and type of the file system in the table of mounts.
 const FS_NAME: &str = "tenure";
+/// Bytes that the kernel is asked to read at a time; of more it would leave out the rest.
+const READ_AHEAD: usize = 128 << 10;
 
 /// How to mount.
 #[derive(Clone, Debug)]
@@ -213,8 +216,8 @@ struct Kernel {
     notifier: Notifier,
 }
 
-impl Front for Kernel {
-    fn open(&self, name: &str) -> io::Result<File> {
+impl Kernel {
+    fn open_to(&self, access: libc::c_int, name: &str) -> io::Result<File> {
         let name = CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         // SAFETY: a system call on an open descriptor and a string that outlives it; the result is
         // a new descriptor that nobody else owns.
@@ -222,7 +225,7 @@ impl Front for Kernel {
             let fd = libc::openat(
                 self.root.as_raw_fd(),
                 name.as_ptr(),
-                libc::O_RDWR | libc::O_NOFOLLOW | libc::O_CLOEXEC,
+                access | libc::O_NOFOLLOW | libc::O_CLOEXEC,
             );
             if fd < 0 {
                 Err(io::Error::last_os_error())
@@ -230,6 +233,12 @@ impl Front for Kernel {
                 Ok(File::from_raw_fd(fd))
             }
         }
+    }
+}
+
+impl Front for Kernel {
+    fn open(&self, name: &str) -> io::Result<File> {
+        self.open_to(libc::O_RDWR, name)
     }
 
     fn invalidate_data(&self, ino: u64, offset: u64, len: u64) {
@@ -253,6 +262,27 @@ impl Front for Kernel {
         let name = std::ffi::OsStr::from_bytes(name.as_bytes());
         if let Err(e) = self.notifier.inval_entry(INodeNo::ROOT, name) {
             log_unless_unknown(&e, "entry");
+        }
+    }
+
+    fn read_ahead(&self, ino: u64, name: &str, range: Range<u64>) {
+        // It is gone, or the mount ends.
+        let Ok(file) = self.open_to(libc::O_RDONLY, name) else {
+            return;
+        };
+        // What it knows in part it would not read.
+        self.invalidate_data(ino, range.start, range.end - range.start);
+        for at in range.step_by(READ_AHEAD) {
+            // SAFETY: a system call on an open descriptor that touches no memory. What it answers
+            // does not matter: it is advice.
+            let _ = unsafe {
+                libc::posix_fadvise(
+                    file.as_raw_fd(),
+                    i64::try_from(at).unwrap_or(0),
+                    READ_AHEAD as i64,
+                    libc::POSIX_FADV_WILLNEED,
+                )
+            };
         }
     }
 

@@ -2,6 +2,7 @@
 //! and the two threads that work behind the applications' backs.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -17,7 +18,7 @@ use crate::ltx::Pos;
 use crate::thread;
 
 use super::clients::Clients;
-use super::database::Database;
+use super::database::{Database, FileKind};
 use super::disk::{Disk, Pool};
 use super::fault::{Action, FaultStats, Place, Refetch};
 use super::forward::Primary;
@@ -198,6 +199,8 @@ pub enum Job {
     InvalidateEntries(Vec<String>),
     /// Tell the kernel that the bytes of this inode changed.
     InvalidateData(u64),
+    /// Have the kernel read this part of a database's WAL, of this inode.
+    ReadWal(Arc<Database>, u64, Range<u64>),
 }
 
 #[derive(Default)]
@@ -401,7 +404,10 @@ fn run(job: Job, front: Option<Arc<dyn Front>>, wait: Duration) {
             names.iter().for_each(|n| front.invalidate_entry(n));
         }
         (Job::InvalidateData(ino), Some(front)) => front.invalidate_data(ino, 0, 0),
-        (Job::InvalidateEntries(_) | Job::InvalidateData(_), None) => {}
+        (Job::ReadWal(db, ino, range), Some(front)) => {
+            front.read_ahead(ino, &db.mount_name(FileKind::Wal), range);
+        }
+        (Job::InvalidateEntries(_) | Job::InvalidateData(_) | Job::ReadWal(..), None) => {}
     }
 }
 

@@ -33,6 +33,7 @@ use super::replica::ReplicaLocks;
 use super::snapshot::Preserved;
 use super::sums::{PageSums, SumsHeader};
 use super::wal::WalCapture;
+use super::wal_cache::WalCache;
 
 /// Counts of what applications did to a database.
 #[derive(Debug, Default)]
@@ -206,6 +207,7 @@ pub(super) struct State {
     /// mode: that of the database when it last had a WAL made. 0: there is none.
     pub rollback_counter: u32,
     pub wal: WalCapture,
+    pub wal_cache: WalCache,
     /// The database and its WAL are passed through to applications.
     pub lane: Option<Lane>,
     /// There is a lane's mark on disk.
@@ -240,6 +242,7 @@ impl State {
             importing: false,
             rollback_counter: 0,
             wal: WalCapture::default(),
+            wal_cache: WalCache::default(),
             lane: None,
             marked: false,
             snapshots: Vec::new(),

@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 
 /// Who holds locks on some files.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -32,6 +33,9 @@ pub trait Front: Send + Sync {
 
     /// Forgets what the kernel knows of the name, its absence included.
     fn invalidate_entry(&self, name: &str);
+
+    /// Has the kernel read these bytes of a file, of this inode, into its cache, soon. It may do less.
+    fn read_ahead(&self, ino: u64, name: &str, range: Range<u64>);
 
     /// Who holds locks on any of these inodes; `None`: it cannot be told. May be called with locks
     /// held.

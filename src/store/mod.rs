@@ -71,6 +71,7 @@ mod super_journal;
 #[cfg(test)]
 pub(crate) mod tests;
 mod wal;
+mod wal_cache;
 mod wal_tail;
 
 pub use context::{Background, Event, Options, Random, Subscription};

@@ -25,6 +25,7 @@ use super::context::{Event, Job};
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
 use super::lane::READERS_WAIT;
+use super::wal_cache::WalCache;
 use super::{Role, Store};
 
 /// How long a change of role waits for commits in flight. One that takes longer ends by itself.
@@ -172,6 +173,7 @@ impl Database {
             st.wal.tail.clear();
             st.wal.written_to = st.wal.written_to.min(st.wal.committed_end());
             st.wal.stale = true;
+            st.wal_cache = WalCache::default();
         }
         if st.page_count == 0 {
             // Its first transaction never was.

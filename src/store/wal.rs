@@ -218,6 +218,7 @@ impl Database {
                 .write_all_at(data, offset)
                 .map_err(self.io("write WAL", FileKind::Wal))?;
             self.read_wal_header(st, &wal)?;
+            self.wal_begun(st, &wal);
         } else {
             st.wal
                 .tail
@@ -225,6 +226,7 @@ impl Database {
                 .map_err(self.io("write WAL", FileKind::Wal))?;
         }
         st.wal.written_to = st.wal.written_to.max(end);
+        self.read_wal_ahead(st, end);
         self.scan_wal(st, &wal, offset)
     }
 
