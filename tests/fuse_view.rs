@@ -341,6 +341,37 @@ fn a_warm_reading_transaction_asks_the_daemon_nothing() {
     }
 }
 
+/// The kernel has read the WAL by the time that it is written again: of a frame it makes two requests,
+/// where it makes three of one that is written for the first time.
+#[test]
+fn a_frame_is_two_requests_once_the_wal_has_been_begun_again() {
+    const COUNTER: &str = "tenure_fuse_requests_total";
+    let cluster = Cluster::new(60);
+    let node = cluster.start(common::Options::primary("primary"));
+    let db = Connection::open(node.db("x.db")).expect("open");
+    db.execute_batch(
+        "PRAGMA journal_mode=wal; PRAGMA wal_autocheckpoint=0; PRAGMA synchronous=NORMAL;
+         CREATE TABLE t (id INTEGER PRIMARY KEY, v); INSERT INTO t VALUES (1, 0);
+         PRAGMA wal_checkpoint(TRUNCATE);",
+    )
+    .expect("begin");
+    // A transaction is one frame.
+    let round = || {
+        let before = node.metric(COUNTER);
+        for v in 0..500 {
+            db.execute("UPDATE t SET v = ?1", [v]).expect("write");
+        }
+        let asked = (node.metric(COUNTER) - before) / 500.0;
+        let _: i64 = db
+            .query_row("PRAGMA wal_checkpoint(RESTART)", [], |r| r.get(0))
+            .expect("a checkpoint");
+        asked
+    };
+    let (first, _, third) = (round(), round(), round());
+    assert!(first > 2.9, "{first} requests a frame: the test's premise");
+    assert!(third < 2.2, "{third} requests a frame, {first} at first");
+}
+
 #[test]
 fn an_application_may_not_write_without_a_transaction() {
     let pair = Cluster::static_pair(60);

@@ -92,13 +92,13 @@ mod tests {
         cache.begin(7, 20 << 20);
         assert_eq!(write(&mut cache, 20 << 20), [], "it is known");
         cache.begin(7, 25 << 20);
-        assert_eq!(write(&mut cache, 25 << 20), [20 << 20..25 << 20]);
+        assert_eq!(write(&mut cache, 25 << 20), vec![20 << 20..25 << 20]);
         // Truncated, and grown again.
         cache.begin(7, 32);
         assert_eq!(write(&mut cache, 9000), []);
         cache.begin(7, 9000);
-        assert_eq!(write(&mut cache, 9000), [32..9000]);
+        assert_eq!(write(&mut cache, 9000), vec![32..9000]);
         cache.begin(8, 5000);
-        assert_eq!(write(&mut cache, 5000), [0..5000], "another");
+        assert_eq!(write(&mut cache, 5000), vec![0..5000], "another");
     }
 }
