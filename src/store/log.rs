@@ -371,14 +371,24 @@ impl Log {
         Ok(())
     }
 
-    /// Whether the record that begins with this TXID takes the place of the log.
-    fn check_next(&self, inner: &mut Inner, min_txid: u64) -> Result<bool, StoreError> {
-        if let Some(reason) = &inner.failed {
-            return Err(StoreError::corrupt(
+    /// An error if the log takes no more transactions.
+    pub fn check_open(&self) -> Result<(), StoreError> {
+        self.check_not_failed(&self.inner.lock())
+    }
+
+    fn check_not_failed(&self, inner: &Inner) -> Result<(), StoreError> {
+        match &inner.failed {
+            None => Ok(()),
+            Some(reason) => Err(StoreError::corrupt(
                 &self.dir,
                 format!("the log takes no more transactions: {reason}"),
-            ));
+            )),
         }
+    }
+
+    /// Whether the record that begins with this TXID takes the place of the log.
+    fn check_next(&self, inner: &mut Inner, min_txid: u64) -> Result<bool, StoreError> {
+        self.check_not_failed(inner)?;
         self.withdraw_held(inner)?;
         let last = inner.last_txid();
         assert!(

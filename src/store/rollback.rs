@@ -233,6 +233,9 @@ impl Database {
         out: &mut dyn Write,
     ) -> Result<Option<Captured>, StoreError> {
         self.withdraw(st)?;
+        // What the log cannot take afterwards may not be committed elsewhere: a record that it could
+        // not flush, and that a start finds, would be taken for this one.
+        self.log().check_open()?;
         let Some((changed, shape)) = self.changes(st)? else {
             return Ok(None);
         };

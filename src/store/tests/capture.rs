@@ -438,6 +438,32 @@ fn a_transaction_over_two_databases_is_one_in_each() {
 }
 
 #[test]
+fn one_over_two_databases_is_refused_if_one_of_them_takes_no_more() {
+    for mode in ["delete", "truncate", "persist"] {
+        let bed = Bed::primary();
+        let c = open(&bed, mode, 4096);
+        c.execute_batch("ATTACH 'b.db' AS b; CREATE TABLE t(v); CREATE TABLE b.u(v)")
+            .unwrap();
+        c.query_row(&format!("PRAGMA b.journal_mode={mode}"), [], |_| Ok(()))
+            .unwrap();
+        let lost = redirect(&newest_segment(&bed), "/dev/null");
+        let insert = "INSERT INTO t VALUES (1)";
+        assert!(c.execute_batch(insert).is_err(), "{mode}");
+        lost.restore();
+        let before = [DB, "b.db"].map(|name| bed.killed().check(name));
+        let both = "BEGIN; INSERT INTO t VALUES (2); INSERT INTO b.u VALUES (2); COMMIT";
+        assert!(c.execute_batch(both).is_err(), "{mode}");
+        if !c.is_autocommit() {
+            c.execute_batch("ROLLBACK").unwrap();
+        }
+        let after = bed.killed();
+        assert_eq!([DB, "b.db"].map(|name| after.check(name)), before, "{mode}");
+        c.execute_batch("INSERT INTO b.u VALUES (3)").unwrap();
+        assert_eq!(bed.check_killed("b.db").0.txid, before[1].0.txid + 1);
+    }
+}
+
+#[test]
 fn a_drop_is_a_transaction_and_the_name_can_come_back() {
     let bed = Bed::primary();
     let c = open(&bed, "delete", 4096);
