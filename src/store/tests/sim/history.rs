@@ -169,6 +169,10 @@ impl World {
         if schema == "o" && self.clients[at].other.is_none() {
             return;
         }
+        // A connection that ends the WAL mode keeps its cache if the change counter is the one that it
+        // knows, and commits in WAL mode need not change that: SQLite would go on with pages from
+        // before what others have committed, in a plain directory too. So it reads first.
+        let _ = state_of(&self.clients[at].sql, schema);
         self.run(at, &format!("PRAGMA {schema}.journal_mode={mode}"));
     }
 
