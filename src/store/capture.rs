@@ -9,6 +9,7 @@ use super::appender::Appender;
 use super::database::{Database, State, now_ms};
 use super::error::StoreError;
 use super::gate::Pass;
+use super::pages::PageList;
 
 /// Transactions of this many pages and more are compressed only where that pays: else it takes longer
 /// than to write them (see bench/RESULTS.md), and their writer waits for it.
@@ -19,8 +20,8 @@ const SAMPLES: usize = 8;
 /// A transaction that is in the log and not yet in the state.
 #[derive(Clone, Debug)]
 pub(super) struct Captured {
-    /// The pages that the record holds, ascending, with their checksums.
-    pub changed: Vec<(u32, u64)>,
+    /// The pages that the record holds.
+    pub changed: Arc<PageList>,
     pub page_size: u32,
     /// Pages of the database after it; 0: dropped.
     pub commit: u32,
@@ -65,7 +66,7 @@ impl Database {
     pub(super) fn append_transaction(
         &self,
         st: &State,
-        changed: Vec<(u32, u64)>,
+        changed: PageList,
         shape: Shape,
         place: WalPlace,
         read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
@@ -80,7 +81,7 @@ impl Database {
     pub(super) fn encode_transaction(
         &self,
         st: &State,
-        changed: Vec<(u32, u64)>,
+        changed: PageList,
         shape: Shape,
         place: WalPlace,
         mut read: impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
@@ -95,7 +96,7 @@ impl Database {
             st.sums.checksum_with(&changed, shape.commit)
         } else {
             // Pages of another size: the record holds them all.
-            changed.iter().fold(0, |t, (_, s)| t ^ s) | ltx::CHECKSUM_FLAG
+            changed.total() | ltx::CHECKSUM_FLAG
         };
         let mut page = vec![0u8; shape.page_size as usize];
         let header = Header {
@@ -115,13 +116,13 @@ impl Database {
         };
         let failed = |e| StoreError::ltx(format!("transaction {txid:016x} of {}", self.name))(e);
         let mut encoder = Encoder::new(out, header).map_err(failed)?;
-        for (pgno, _) in &changed {
-            read(*pgno, &mut page)?;
-            encoder.page(*pgno, &page).map_err(failed)?;
+        for pgno in changed.pgnos() {
+            read(pgno, &mut page)?;
+            encoder.page(pgno, &page).map_err(failed)?;
         }
         encoder.finish(checksum).map_err(failed)?;
         Ok(Captured {
-            changed,
+            changed: Arc::new(changed),
             page_size: shape.page_size,
             commit: shape.commit,
             wal_mode: shape.wal_mode,
@@ -136,8 +137,8 @@ impl Database {
             st.sums.resize(0);
         }
         st.sums.resize(c.commit);
-        for (pgno, sum) in &c.changed {
-            st.sums.set(*pgno, *sum);
+        for (pgno, sum) in c.changed.iter() {
+            st.sums.set(pgno, sum);
         }
         st.page_size = c.page_size;
         st.page_count = c.commit;
@@ -166,17 +167,14 @@ impl Database {
 
 /// Whether samples of the pages come to a quarter of their size. `page` is as large as one.
 fn is_compressible(
-    changed: &[(u32, u64)],
+    changed: &PageList,
     page: &mut [u8],
     read: &mut impl FnMut(u32, &mut [u8]) -> Result<(), StoreError>,
 ) -> Result<bool, StoreError> {
     let mut compressed = 0;
-    for (pgno, _) in changed
-        .iter()
-        .step_by(changed.len() / SAMPLES)
-        .take(SAMPLES)
-    {
-        read(*pgno, page)?;
+    let apart = changed.len() / SAMPLES;
+    for pgno in changed.pgnos().step_by(apart).take(SAMPLES) {
+        read(pgno, page)?;
         compressed += lz4_flex::block::compress(page).len();
     }
     Ok(compressed * 4 <= page.len() * SAMPLES)

@@ -331,11 +331,8 @@ impl State {
         if c.page_size != self.page_size || c.commit == 0 {
             return self.preserve(db, 1..=self.page_count);
         }
-        let changed = c.changed.iter().map(|(pgno, _)| *pgno);
-        self.preserve(
-            db,
-            changed.chain(c.commit.saturating_add(1)..=self.page_count),
-        )
+        let cut = c.commit.saturating_add(1)..=self.page_count;
+        self.preserve(db, c.changed.pgnos().chain(cut))
     }
 }
 

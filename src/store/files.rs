@@ -15,6 +15,7 @@ use super::context::Job;
 use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
 use super::disk::{DiskFile, File, Open};
 use super::error::StoreError;
+use super::pages::PageList;
 use super::rollback::JournalEnd;
 use super::wal::Scanned;
 
@@ -535,7 +536,7 @@ impl Database {
         let logged = st.preserve(self, all).and_then(|()| {
             let place = WalPlace::default();
             let (captured, appender) =
-                self.append_transaction(&st, Vec::new(), shape, place, |_, _| Ok(()))?;
+                self.append_transaction(&st, PageList::default(), shape, place, |_, _| Ok(()))?;
             appender.commit()?;
             Ok(captured)
         });

@@ -5,11 +5,13 @@
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use crate::ltx::{CHECKSUM_FLAG, Pos};
 
 use super::capture::Captured;
 use super::database::State;
+use super::pages::PageList;
 use super::receive::{self, Incoming};
 use super::sums::PageSums;
 
@@ -85,7 +87,7 @@ impl<'a> Group<'a> {
 
     /// The files, each with the pages that it has as they are afterwards.
     pub fn files_and_newest(&mut self) -> impl Iterator<Item = (&mut Incoming, Newest<'_>)> {
-        let (changed, files) = (&self.whole.changed[..], &self.newest[..]);
+        let (changed, files) = (&*self.whole.changed, &self.newest[..]);
         let each = self.files.iter_mut().enumerate();
         each.map(move |(file, incoming)| {
             let newest = Newest {
@@ -100,7 +102,7 @@ impl<'a> Group<'a> {
 
 /// See [`Group::files_and_newest`].
 pub(super) struct Newest<'a> {
-    changed: &'a [(u32, u64)],
+    changed: &'a PageList,
     files: &'a [usize],
     file: usize,
 }
@@ -108,9 +110,9 @@ pub(super) struct Newest<'a> {
 impl Newest<'_> {
     /// The page's checksum, if it is one of them.
     pub fn get(&self, pgno: u32) -> Option<u64> {
-        let i = self.changed.binary_search_by_key(&pgno, |(p, _)| *p).ok()?;
+        let i = self.changed.find(pgno)?;
         let is_it = self.files.get(i).is_none_or(|file| *file == self.file);
-        is_it.then_some(self.changed[i].1)
+        is_it.then(|| self.changed.sum(i))
     }
 }
 
@@ -119,11 +121,11 @@ fn merge(each: &[Captured]) -> (Captured, Vec<usize>) {
     let last = each.last().expect("a group has a file");
     let mut pages = BTreeMap::new();
     for (file, captured) in each.iter().enumerate() {
-        pages.extend(captured.changed.iter().map(|(p, sum)| (*p, (*sum, file))));
+        pages.extend(captured.changed.iter().map(|(p, sum)| (p, (sum, file))));
     }
     pages.retain(|pgno, _| *pgno <= last.commit);
     let whole = Captured {
-        changed: pages.iter().map(|(p, (sum, _))| (*p, *sum)).collect(),
+        changed: Arc::new(pages.iter().map(|(p, (sum, _))| (*p, *sum)).collect()),
         ..last.clone()
     };
     let newest = pages.into_values().map(|(_, file)| file).collect();
@@ -177,8 +179,8 @@ impl Expected<'_> {
         for pgno in h.commit.saturating_add(1)..=self.pages {
             self.set(pgno, 0);
         }
-        for (pgno, sum) in &file.pages {
-            self.set(*pgno, *sum);
+        for (pgno, sum) in file.pages.iter() {
+            self.set(pgno, sum);
         }
         (self.pages, self.pos) = (h.commit, file.pos());
         self.checksum | CHECKSUM_FLAG == file.post_apply_checksum

@@ -35,6 +35,7 @@ use super::context::Job;
 use super::database::{Database, FileKind, now_ms};
 use super::error::StoreError;
 use super::group::Group;
+use super::pages::PageList;
 use super::receive::{Incoming, Spool};
 use super::replica::{Exclusive, READER_WAIT, ReplicaLocks, lock_timeout};
 
@@ -72,12 +73,12 @@ impl Store {
     /// [`ImportError::Invalid`], or of the store; nothing is changed then.
     pub fn import(&self, name: &str, file: File) -> Result<Pos, ImportError> {
         super::names::check_database(name)?;
-        let candidate = Candidate::check(file, self.data_dir())?;
+        let mut candidate = Candidate::check(file, self.data_dir())?;
         if !self.is_writable() {
             return Err(StoreError::NotPrimary(name.to_owned()).into());
         }
         let db = self.database_or_new(name)?;
-        let result = db.replace(&mut Replacement::File(&candidate));
+        let result = db.replace(&mut Replacement::File(&mut candidate));
         self.forget_if_nothing(&db);
         Ok(result?)
     }
@@ -115,7 +116,7 @@ const HALT_PAUSE: Duration = Duration::from_millis(50);
 /// What takes a database's place.
 enum Replacement<'a> {
     /// A file, as one more transaction.
-    File(&'a Candidate),
+    File(&'a mut Candidate),
     /// A snapshot, if the database is still at this position. It is taken out once.
     Snapshot(Option<Box<Incoming>>, Pos),
 }
@@ -154,8 +155,8 @@ struct Candidate {
     header: DbHeader,
     pages: u32,
     first_page: Vec<u8>,
-    /// Checksum of each page; of the lock page it means nothing.
-    sums: Vec<u64>,
+    /// All of them, until they are made a transaction of.
+    list: PageList,
 }
 
 impl Candidate {
@@ -183,7 +184,7 @@ impl Candidate {
             header: parsed,
             pages,
             first_page,
-            sums: Vec::new(),
+            list: PageList::default(),
         };
         candidate.check_first_page()?;
         candidate.check_free_list()?;
@@ -246,19 +247,20 @@ impl Candidate {
         let page_size = self.header.page_size as usize;
         let mut buffer = vec![0u8; READ_BUFFER];
         let mut next = 1u32;
-        let mut sums = Vec::with_capacity(self.pages as usize);
-        while sums.len() < self.pages as usize {
-            let n = (READ_BUFFER / page_size).min(self.pages as usize - sums.len());
+        let lock_page = ltx::lock_pgno(self.header.page_size);
+        while next <= self.pages {
+            let n = (READ_BUFFER / page_size).min((self.pages - next) as usize + 1);
             let pages = &mut buffer[..n * page_size];
             self.file
-                .read_exact_at(pages, sums.len() as u64 * page_size as u64)
+                .read_exact_at(pages, u64::from(next - 1) * page_size as u64)
                 .map_err(StoreError::io("read a spooled import in", &self.path))?;
-            for page in pages.chunks_exact(page_size) {
-                sums.push(ltx::page_checksum(next, page));
-                next = next.wrapping_add(1);
+            for (pgno, page) in (next..).zip(pages.chunks_exact(page_size)) {
+                if pgno != lock_page {
+                    self.list.push(pgno, ltx::page_checksum(pgno, page));
+                }
             }
+            next = next.saturating_add(n as u32);
         }
-        self.sums = sums;
         Ok(())
     }
 
@@ -567,7 +569,7 @@ impl Database {
     }
 
     /// The transaction that makes the database what the file is. Writers are kept out.
-    fn incoming(&self, c: &Candidate, keep_wal: bool) -> Result<Incoming, StoreError> {
+    fn incoming(&self, c: &mut Candidate, keep_wal: bool) -> Result<Incoming, StoreError> {
         let page_size = c.header.page_size;
         let (pos, first, changed, checksum) = {
             let st = self.lock();
@@ -580,22 +582,18 @@ impl Database {
             };
             let first = c.first_page(old, keep_wal);
             let same_size = st.page_count > 0 && st.page_size == page_size;
-            let lock_page = ltx::lock_pgno(page_size);
-            let first_sum = ltx::page_checksum(1, &first);
-            let changed: Vec<(u32, u64)> = (1..=c.pages)
-                .zip(&c.sums)
-                .map(|(pgno, sum)| (pgno, if pgno == 1 { first_sum } else { *sum }))
-                .filter(|(pgno, _)| *pgno != lock_page)
-                .filter(|(pgno, sum)| {
-                    !same_size || *pgno > st.page_count || st.sums.get(*pgno) != *sum
-                })
-                .collect();
-            let checksum = if same_size {
-                st.sums.checksum_with(&changed, c.pages)
+            let mut list = std::mem::take(&mut c.list);
+            list.set_first(ltx::page_checksum(1, &first));
+            if !same_size {
+                let checksum = list.total() | ltx::CHECKSUM_FLAG;
+                (st.pos, first, list, checksum)
             } else {
-                changed.iter().fold(0, |t, (_, s)| t ^ s) | ltx::CHECKSUM_FLAG
-            };
-            (st.pos, first, changed, checksum)
+                let differs =
+                    |(pgno, sum): &(u32, u64)| *pgno > st.page_count || st.sums.get(*pgno) != *sum;
+                let changed: PageList = list.iter().filter(differs).collect();
+                let checksum = st.sums.checksum_with(&changed, c.pages);
+                (st.pos, first, changed, checksum)
+            }
         };
         let header = Header {
             compressed: self.context.options.compress,
@@ -616,19 +614,19 @@ impl Database {
         let mut spool = Spool::new(self.data_scratch());
         let mut encoder = Encoder::new(SpoolWriter(&mut spool), header).map_err(ltx(context()))?;
         let mut page = vec![0u8; page_size as usize];
-        for (pgno, _) in &changed {
-            if *pgno == 1 {
+        for pgno in changed.pgnos() {
+            if pgno == 1 {
                 page.copy_from_slice(&first);
             } else {
-                c.read(*pgno, &mut page)?;
+                c.read(pgno, &mut page)?;
             }
-            encoder.page(*pgno, &page).map_err(ltx(context()))?;
+            encoder.page(pgno, &page).map_err(ltx(context()))?;
         }
         encoder.finish(checksum).map_err(ltx(context()))?;
         Ok(Incoming {
             header,
             post_apply_checksum: checksum,
-            pages: changed,
+            pages: Arc::new(changed),
             wal_mode: Some(first[19] == 2),
             change_counter: Some(be32(&first, 24)),
             spool,

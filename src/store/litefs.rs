@@ -21,6 +21,7 @@ use crate::sqlite::wal::{
 use super::database::{Database, FileKind, State, now_ms, read_or_zeros};
 use super::disk::{Disk, DiskFile, File, Open, Reader};
 use super::error::StoreError;
+use super::pages::PageList;
 use super::sums::PageSums;
 
 /// First and last TXID of the newest LTX file in a directory, which need not exist.
@@ -242,7 +243,7 @@ impl Database {
         pages.sort_by_key(|(p, _)| *p);
         pages.dedup_by_key(|(p, _)| *p);
         pages.retain(|(p, _)| *p <= tx.commit);
-        let changed: Vec<(u32, u64)> = pages
+        let changed: PageList = pages
             .iter()
             .map(|(p, d)| (*p, ltx::page_checksum(*p, d)))
             .collect();
@@ -288,7 +289,7 @@ impl Database {
         let wal_mode = DbHeader::parse(&head).is_ok_and(|h| h.is_wal());
         let pos = Pos { txid, checksum };
         let c = super::capture::Captured {
-            changed,
+            changed: Arc::new(changed),
             page_size: st.page_size,
             commit: tx.commit,
             wal_mode,

@@ -53,6 +53,7 @@ mod loose;
 mod mend;
 mod names;
 mod overlay;
+mod pages;
 mod receive;
 mod records;
 mod recover;

@@ -16,6 +16,7 @@ use super::disk::Scratch;
 use super::divergent::Common;
 use super::error::StoreError;
 use super::loose::{Loose, LooseFile};
+use super::pages::PageList;
 use super::replica_in_place::Run;
 use super::room::{self, Room};
 
@@ -141,8 +142,8 @@ impl Read for Tee<'_> {
 pub(super) struct Incoming {
     pub header: Header,
     pub post_apply_checksum: u64,
-    /// Its pages with their checksums, ascending.
-    pub pages: Vec<(u32, u64)>,
+    /// Its pages.
+    pub pages: Arc<PageList>,
     /// What page 1 says of the journal mode, if page 1 is among them.
     pub wal_mode: Option<bool>,
     /// The change counter in page 1, likewise.
@@ -181,7 +182,7 @@ impl Incoming {
         };
         let mut run = database.as_ref().map(|database| Run::new(database.file()));
         let mut page = vec![0u8; header.page_size as usize];
-        let mut pages = Vec::new();
+        let mut pages = PageList::default();
         let mut first = None;
         while let Some(pgno) = decoder.page(&mut page).map_err(failed)? {
             if pgno == 1 {
@@ -191,7 +192,7 @@ impl Incoming {
                 let at = u64::from(pgno - 1) * page_size;
                 run.add(&page, at).map_err(io)?;
             }
-            pages.push((pgno, ltx::page_checksum(pgno, &page)));
+            pages.push(pgno, ltx::page_checksum(pgno, &page));
         }
         run.map_or(Ok(()), |mut run| run.write()).map_err(io)?;
         let (mut tee, trailer) = decoder.finish().map_err(failed)?;
@@ -200,7 +201,7 @@ impl Incoming {
         Ok(Incoming {
             header,
             post_apply_checksum: trailer.post_apply_checksum,
-            pages,
+            pages: Arc::new(pages),
             wal_mode: first.map(|h| h.is_wal()),
             change_counter: first.map(|h| h.change_counter),
             spool,
@@ -380,7 +381,7 @@ impl Database {
                 .checksum_with(&incoming.pages, incoming.header.commit)
         } else {
             // Pages of another size: it holds them all.
-            incoming.pages.iter().fold(0, |t, (_, s)| t ^ s) | ltx::CHECKSUM_FLAG
+            incoming.pages.total() | ltx::CHECKSUM_FLAG
         };
         let found = incoming.post_apply_checksum;
         if expected != found && incoming.header.commit > 0 {
@@ -436,7 +437,7 @@ pub(super) fn holds_what_it_adds(incoming: &Incoming, old: u32) -> bool {
     } = incoming.header;
     let lock_page = ltx::lock_pgno(page_size);
     let lock_page = u32::from((old.saturating_add(1)..=commit).contains(&lock_page));
-    let added = incoming.pages.iter().filter(|(pgno, _)| *pgno > old);
+    let added = incoming.pages.pgnos().filter(|pgno| *pgno > old);
     let added = added.count() as u64 + u64::from(lock_page);
     u64::from(commit) <= u64::from(old) + added
 }

@@ -91,7 +91,7 @@ impl Database {
             .changed
             .iter()
             .filter(|(p, sum)| !same_size || st.sums.get(*p) != *sum)
-            .map(|(p, _)| *p)
+            .map(|(p, _)| p)
             .collect();
         let page_size = whole.page_size;
         let shrunk = st.view_size > group.size();

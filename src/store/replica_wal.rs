@@ -21,6 +21,7 @@ use crate::sqlite::wal_index::{IndexHeader, READ_MARK_UNUSED, READ_MARKS, WalInd
 use super::capture::Captured;
 use super::database::{Database, FileKind, State};
 use super::error::StoreError;
+use super::pages::PageList;
 use super::receive::Incoming;
 use super::replica::{Held, READER_WAIT, ReplicaLocks, index_lock, lock_timeout};
 use super::shm::SharedIndex;
@@ -175,23 +176,23 @@ impl Database {
         st.wal.tail.clear();
         let mut chain = st.wal.chain_before(start);
         // A snapshot brings pages that are there already; a transaction brings none of these.
-        let mut pages: Vec<(u32, u64)> = c
+        let mut pages: PageList = c
             .changed
             .iter()
-            .copied()
             .filter(|(p, s)| {
                 st.page_size != c.page_size || st.sums.get(*p) != *s || *p > st.page_count
             })
             .collect();
         if pages.is_empty() {
             // The commit needs a frame to stand on.
-            pages.extend(c.changed.first());
+            let first = c.changed.iter().next();
+            first.into_iter().for_each(|(p, s)| pages.push(p, s));
         }
         st.preserve_before(self, c)?;
-        let last = pages.last().map_or(0, |(p, _)| *p);
+        let last = pages.last().unwrap_or(0);
         let mut frames: Vec<Frame> = Vec::with_capacity(pages.len());
         self.for_pages(incoming, |pgno, page| {
-            let Ok(i) = pages.binary_search_by_key(&pgno, |(p, _)| *p) else {
+            let Some(i) = pages.find(pgno) else {
                 return Ok(());
             };
             let commit = if pgno == last { c.commit } else { 0 };
@@ -199,7 +200,7 @@ impl Database {
             chain = frame.checksum;
             frames.push(Frame {
                 pgno,
-                sum: pages[i].1,
+                sum: pages.sum(i),
                 chain,
             });
             out.extend_from_slice(&frame.encode());

@@ -23,6 +23,7 @@ use super::disk::{DiskFile, Reader};
 use super::error::StoreError;
 use super::files::Done;
 use super::gate::Pass;
+use super::pages::PageList;
 
 /// Largest step by which space for the database file is reserved ahead.
 const RESERVE_STEP: u64 = 16 << 20;
@@ -30,9 +31,6 @@ const RESERVE_STEP: u64 = 16 << 20;
 /// Bytes that a transaction may add to a database without writing them: SQLite leaves free pages
 /// out that were never written, which are as many as fit into its cache.
 const MAX_HOLES: u64 = 1 << 30;
-
-/// Pages with their checksums, ascending.
-type PageList = Vec<(u32, u64)>;
 
 /// How a journal ends.
 #[derive(Debug)]
@@ -336,12 +334,12 @@ impl Database {
             .map(|n| n as u32 + 1);
         let new = old_pages + 1..=shape.commit;
         let mut page = vec![0u8; shape.page_size as usize];
-        let mut changed = Vec::new();
+        let mut changed = PageList::default();
         for pgno in written.chain(new).filter(|p| *p != lock_page) {
             self.read_view_page(st, pgno, &mut page)?;
             let sum = ltx::page_checksum(pgno, &page);
             if pgno > st.page_count || sum != st.sums.get(pgno) {
-                changed.push((pgno, sum));
+                changed.push(pgno, sum);
             }
         }
         Ok(changed)

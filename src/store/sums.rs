@@ -26,6 +26,7 @@ use crate::ltx::{self, CHECKSUM_FLAG, Pos};
 use super::database::read_or_zeros;
 use super::disk::{Disk, Open};
 use super::error::StoreError;
+use super::pages::PageList;
 
 const MAGIC: &[u8; 8] = b"TNRSUMS1";
 const HEADER_LEN: usize = 48;
@@ -87,13 +88,13 @@ impl PageSums {
     }
 
     /// The database's checksum if these pages were these, and there were `pages` of them.
-    pub fn checksum_with(&self, changed: &[(u32, u64)], pages: u32) -> u64 {
+    pub(super) fn checksum_with(&self, changed: &PageList, pages: u32) -> u64 {
         let cut = self.sums.get(pages as usize..).unwrap_or_default();
         let kept = cut.iter().fold(self.total, |t, s| t ^ s);
         let kept_of = |pgno: u32| if pgno <= pages { self.get(pgno) } else { 0 };
         changed
             .iter()
-            .fold(kept, |t, (pgno, sum)| t ^ kept_of(*pgno) ^ sum)
+            .fold(kept, |t, (pgno, sum)| t ^ kept_of(pgno) ^ sum)
             | CHECKSUM_FLAG
     }
 

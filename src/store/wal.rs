@@ -27,6 +27,7 @@ use super::context::Job;
 use super::database::{Database, DbFile, FileKind, State, read_or_zeros};
 use super::error::StoreError;
 use super::forward::Outgoing;
+use super::pages::PageList;
 use super::wal_tail::WalTail;
 
 /// A frame of the valid chain.
@@ -383,6 +384,7 @@ impl Database {
             .chain(holes)
             .collect();
         changed.sort_unstable();
+        let changed: PageList = changed.into_iter().collect();
         if changed.is_empty() && commit == st.page_count {
             // Known already, or the padding that some settings add: no transaction, but committed.
             st.wal.committed = end;
@@ -390,7 +392,7 @@ impl Database {
         }
         // Nothing may fail once the transaction is in the log.
         let cut = commit.saturating_add(1)..=st.page_count;
-        st.preserve(self, changed.iter().map(|(pgno, _)| *pgno).chain(cut))?;
+        st.preserve(self, changed.pgnos().chain(cut))?;
         let frame_size = i64::from(header.page_size) + FRAME_HEADER_SIZE as i64;
         let place = WalPlace {
             offset: st.wal.offset(start) as i64,
@@ -457,16 +459,11 @@ impl Database {
         self.advance(st, captured);
         // A page that is written again as it was is not in the record: a recovery finds it in the
         // one that changed it, and its frame of then is as good.
-        let is_changed = |pgno: &u32| {
-            captured
-                .changed
-                .binary_search_by_key(pgno, |(p, _)| *p)
-                .is_ok()
-        };
+        let is_changed = |pgno: u32| captured.changed.find(pgno).is_some();
         let changed: Vec<_> = pages
             .iter()
             .copied()
-            .filter(|(p, _)| is_changed(p))
+            .filter(|(p, _)| is_changed(*p))
             .collect();
         note_newest(st, &changed, captured.pos.txid, shrunk);
         st.wal.committed = end;

@@ -7,6 +7,7 @@ use proptest::prelude::*;
 
 use crate::ltx::{CHECKSUM_FLAG, Pos};
 use crate::store::disk::Real;
+use crate::store::pages::PageList;
 use crate::store::sums::{self, PageSums, SumsHeader};
 
 fn total(model: &[u64]) -> u64 {
@@ -116,13 +117,13 @@ proptest! {
             sums.set(i as u32 + 1, *s);
         }
         // Every new page, and some of the old ones.
-        let changed: Vec<(u32, u64)> = (1..=pages)
+        let changed: PageList = (1..=pages)
             .filter(|p| *p as usize > old.len() || seed >> (p % 64) & 1 == 1)
             .map(|p| (p, seed.wrapping_mul(u64::from(p) + 3)))
             .collect();
         let predicted = sums.checksum_with(&changed, pages);
         sums.resize(pages);
-        changed.iter().for_each(|(p, s)| sums.set(*p, *s));
+        changed.iter().for_each(|(p, s)| sums.set(p, s));
         prop_assert_eq!(predicted, sums.recomputed());
         prop_assert_eq!(predicted, sums.checksum());
     }
