@@ -9,12 +9,12 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use common::node::TENURE;
 use common::run::{Finished, run};
-use common::{Cluster, Node, sqlite3, wait_same_pos};
+use common::{Cluster, Node, sqlite3, wait_same_pos, wait_until};
 use rusqlite::Connection;
 
 const LIMIT: Duration = Duration::from_secs(120);
@@ -282,9 +282,10 @@ fn live_writers_during_exports_and_imports() {
             ),
         );
         let stop = Arc::new(AtomicBool::new(false));
+        let written = Arc::new(AtomicU64::new(0));
         let writers: Vec<_> = (0..2)
             .map(|_| {
-                let (stop, path) = (stop.clone(), path.clone());
+                let (stop, path, written) = (stop.clone(), path.clone(), written.clone());
                 std::thread::spawn(move || {
                     let db = open(&path);
                     let mut n = 0;
@@ -294,6 +295,7 @@ fn live_writers_during_exports_and_imports() {
                         )
                         .unwrap_or_else(|e| panic!("write during a transfer: {e}"));
                         n += 1;
+                        written.fetch_add(1, Ordering::SeqCst);
                     }
                     n
                 })
@@ -302,6 +304,17 @@ fn live_writers_during_exports_and_imports() {
         let exported = dir.join(format!("exported-{mode}"));
         let mut seen = 0;
         for round in 0..8 {
+            // A writer that met an import sleeps for longer than an export takes. Of each writer one
+            // commit may be counted only now that was there before.
+            let before = written.load(Ordering::SeqCst);
+            wait_until(
+                "writers to write",
+                Duration::from_secs(10),
+                || match written.load(Ordering::SeqCst) {
+                    n if n > before + 2 => Ok(()),
+                    n => Err(n - before),
+                },
+            );
             done(tenure("export", &pair.primary, &db, &exported));
             let check = sqlite3(
                 &exported,
