@@ -23,7 +23,7 @@ pub(super) struct State {
     pub content: Option<Content>,
     /// Its commit was begun: it may be there.
     pub possible: bool,
-    /// The TXID that the node had when it was acknowledged.
+    /// The TXID that the node had when it was acknowledged; 0 if it was not.
     pub txid: u64,
 }
 
@@ -111,9 +111,11 @@ impl Model {
             self.told
         );
         self.told = told.txid;
-        // Whoever could read it has it.
+        // Whoever could read it has it. One that was refused and yet is what others were made on has
+        // a TXID that nobody knows.
         let mut id = self.acked;
-        while id > self.durable && self.states[id].txid > told.txid {
+        let is_told = |s: &State| (1..=told.txid).contains(&s.txid);
+        while id > self.durable && !is_told(&self.states[id]) {
             id = self.states[id].parent;
         }
         self.durable = self.durable.max(id);
